@@ -1,0 +1,72 @@
+# Two commands on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+# Both set up a virtual environment in $(VENV) first; a second run installs nothing again.
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+PYTEST_ARGS ?=
+
+# torch is installed first and alone, so that this choice of build is the one that stays:
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   the small CPU build
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cu126" a build for a CUDA version
+# A torch that the environment already holds is kept when it is new enough.
+TORCH  ?= torch==2.13.0
+
+BIN     = $(VENV)/bin
+PACKAGES = partitioner passes runtime
+# One thread per process: pytest runs $(JOBS) processes side by side.
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types layers unit clean
+
+help:
+	@echo "make demo       install, then partition, run and verify a 3D U-Net on 4 processes (CPU)"
+	@echo "make test       install, then all checks: ruff, pyright, import layers, pytest"
+	@echo "make test-slow  the tests marked slow, too long for every change"
+	@echo "make lint       ruff, pyright and import layers only"
+	@echo "make clean      remove the environment, caches and outputs"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m benchmarks demo
+
+# One after the other, pytest last, also under `make -j`.
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+unit: $(VENV)/.installed-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf demo-output benchmark-results
+	find $(PACKAGES) benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up -------------------------------------------------------------------------------------
+
+$(VENV)/.installed-demo: pyproject.toml | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+$(VENV)/.torch: | $(BIN)/python
+	@$(BIN)/python -c "import torch; v = torch.__version__.split('.'); assert (int(v[0]), int(v[1])) >= (2, 9)" \
+	  2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	  || { echo "$(PYTHON) is older than Python 3.11; choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,183 @@
+"""What a plan costs every rank, from boxes alone: memory over time, bytes and messages on the wire.
+
+Figures are arrays of the mesh's shape, built from per-axis tables: 4096 ranks cost what 16+16+16 cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from partitioner import dialect
+from partitioner.exchange import IntArray, plan_exchange
+from partitioner.geometry import extent
+from partitioner.layout import Layout
+from partitioner.lifetime import Buffer, Lifetimes, find_lifetimes
+from partitioner.mesh import Mesh
+from partitioner.ops.nodes import needed_layout, operator_of
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One node's cost per rank.
+
+    Args:
+        sent, received: bytes on the wire.
+        messages: messages sent.
+        flops: floating-point operations.
+        live: bytes of activations alive while the node runs, workspace included.
+        workspace: bytes that the step needs beside the buffers.
+    """
+
+    node: ir.Node
+    sent: IntArray
+    received: IntArray
+    messages: IntArray
+    flops: FloatArray
+    live: IntArray
+    workspace: IntArray
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """All steps of a plan, and the totals per rank."""
+
+    mesh: Mesh
+    steps: tuple[StepCost, ...]
+    weight_bytes: int
+
+    @property
+    def peak(self) -> IntArray:
+        """Peak activation memory per rank, in bytes."""
+        return np.max([s.live for s in self.steps], axis=0, initial=0)
+
+    @property
+    def peak_together(self) -> int:
+        """Peak activation memory of all ranks in one process, in bytes: one rank computes at a time."""
+        totals = [int((s.live - s.workspace).sum() + s.workspace.max(initial=0)) for s in self.steps]
+        return max(totals, default=0)
+
+    @property
+    def sent(self) -> IntArray:
+        """Bytes sent per rank."""
+        return np.sum([s.sent for s in self.steps], axis=0, dtype=np.int64)
+
+    @property
+    def received(self) -> IntArray:
+        """Bytes received per rank."""
+        return np.sum([s.received for s in self.steps], axis=0, dtype=np.int64)
+
+    @property
+    def messages(self) -> IntArray:
+        """Messages sent per rank."""
+        return np.sum([s.messages for s in self.steps], axis=0, dtype=np.int64)
+
+    @property
+    def flops(self) -> FloatArray:
+        """Floating-point operations per rank."""
+        return np.sum([s.flops for s in self.steps], axis=0)
+
+
+def cells(layout: Layout, mesh: Mesh) -> IntArray:
+    """Elements that every rank holds of a value."""
+    total = np.ones(mesh.shape, dtype=np.int64)
+    for axis, n in enumerate(layout.shape):
+        split = layout.axes[axis]
+        if split is None:
+            total = total * n
+            continue
+        counts = np.array([extent(part) for part in split.parts], dtype=np.int64)
+        shape = [len(counts) if name == split.mesh_axis else 1 for name in mesh.names]
+        total = total * counts.reshape(shape)
+    return total
+
+
+def bytes_of(layout: Layout, dtype: ir.DataType, mesh: Mesh) -> IntArray:
+    """Bytes that every rank holds of a value."""
+    return np.ceil(cells(layout, mesh) * dtype.itemsize).astype(np.int64)
+
+
+def plan_cost(model: ir.Model) -> PlanCost:
+    """The cost of a plan on every rank."""
+    mesh, lifetimes = dialect.get_mesh(model), find_lifetimes(model)
+    sizes = {b.name: _buffer_bytes(b, mesh) for b in lifetimes.buffers.values()}
+    births: dict[int, list[str]] = {}
+    deaths: dict[int, list[str]] = {}
+    for buffer in lifetimes.buffers.values():
+        births.setdefault(buffer.born, []).append(buffer.name)
+        deaths.setdefault(buffer.dies, []).append(buffer.name)
+    live = np.zeros(mesh.shape, dtype=np.int64)
+    steps: list[StepCost] = []
+    for index, node in enumerate(model.graph):
+        for name in births.get(index, ()):
+            live = live + sizes[name]
+        steps.append(_step(node, mesh, lifetimes, live))
+        for name in deaths.get(index, ()):
+            live = live - sizes[name]
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    return PlanCost(mesh, tuple(steps), weights)
+
+
+def _buffer_bytes(buffer: Buffer, mesh: Mesh) -> IntArray:
+    if buffer.base is not None:
+        return np.zeros(mesh.shape, dtype=np.int64)
+    return bytes_of(buffer.layout, buffer.dtype, mesh)
+
+
+def _step(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes, live: IntArray) -> StepCost:
+    zero = np.zeros(mesh.shape, dtype=np.int64)
+    if dialect.is_exchange(node):
+        sent, received, messages = exchange_traffic(node, mesh)
+        workspace = sent + received
+        return StepCost(node, sent, received, messages, zero.astype(float), live + workspace, workspace)
+    if dialect.is_all_reduce(node):
+        sent, messages = all_reduce_traffic(node, mesh)
+        return StepCost(node, sent, sent, messages, zero.astype(float), live + 2 * sent, 2 * sent)
+    workspace = _workspace(node, mesh, lifetimes)
+    flops = operator_of(node).flops(_as_number(cells(dialect.get_layout(node.outputs[0]), mesh)))
+    return StepCost(node, zero, zero, zero, np.broadcast_to(np.asarray(flops, float), mesh.shape),
+                    live + workspace, workspace)
+
+
+def _as_number(array: IntArray) -> Any:
+    """Operators compute with single numbers; arrays of ranks take the same formulas."""
+    return array.astype(np.float64)
+
+
+def _workspace(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes) -> IntArray:
+    """What the kernel takes beside its buffers, and a result that is copied into a larger buffer."""
+    operator = operator_of(node)
+    layouts = [None if v is None else needed_layout(node, i) for i, v in enumerate(node.inputs)]
+    ins = [_as_number(np.zeros(mesh.shape) if lay is None else cells(lay, mesh)) for lay in layouts]
+    outs = [_as_number(cells(dialect.get_layout(v), mesh)) for v in node.outputs]
+    total = np.broadcast_to(np.asarray(operator.workspace(ins, outs), float), mesh.shape)
+    value = node.outputs[0]
+    buffer = lifetimes.buffers[lifetimes.buffer_of[str(value.name)]]
+    if not operator.writes_into and buffer.name != str(value.name) and value.dtype is not None:
+        owned = bytes_of(dialect.get_layout(value), value.dtype, mesh)
+        total = total + np.where(owned != bytes_of(buffer.layout, buffer.dtype, mesh), owned, 0)
+    return np.ceil(total).astype(np.int64)
+
+
+def exchange_traffic(node: ir.Node, mesh: Mesh) -> tuple[IntArray, IntArray, IntArray]:
+    """Bytes sent, bytes received and messages sent per rank by a HaloExchange or Reshard."""
+    source, target = node.inputs[0], node.outputs[0]
+    assert source is not None and source.dtype is not None
+    traffic = plan_exchange(mesh, dialect.get_layout(source), dialect.get_layout(target)).traffic
+    size = source.dtype.itemsize
+    return ((traffic.sent * size).astype(np.int64), (traffic.received * size).astype(np.int64), traffic.messages)
+
+
+def all_reduce_traffic(node: ir.Node, mesh: Mesh) -> tuple[IntArray, IntArray]:
+    """Bytes and messages per rank: along each mesh axis in turn, everyone sends its partial to everyone."""
+    _, names = dialect.all_reduce_kind(node)
+    size = sum((bytes_of(dialect.get_layout(v), v.dtype, mesh) for v in node.outputs if v.dtype is not None),
+               start=np.zeros(mesh.shape, dtype=np.int64))
+    peers = sum(mesh.count(name) - 1 for name in names)
+    return size * peers, np.full(mesh.shape, peers, dtype=np.int64)

@@ -1,0 +1,263 @@
+"""Our ONNX dialect: communication nodes, layouts and the mesh as they stand in a plan file.
+
+Only this module knows attribute and metadata names.  The domain's opset version is the version of
+the plan format.  Every node type of ours is also a model-local function that is the identity (or the
+plain arithmetic) in the global view, so that onnx.checker accepts a plan and onnxruntime runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner.errors import PartitionError
+from partitioner.layout import Layout, parse_layout
+from partitioner.mesh import Mesh
+
+DOMAIN = "partitioner"
+VERSION = 1
+
+HALO_EXCHANGE = "HaloExchange"
+RESHARD = "Reshard"
+ALL_REDUCE = "AllReduce"
+ALL_REDUCE_MOMENTS = "AllReduceMoments"
+MOMENTS = "Moments"
+NORMALIZE = "Normalize"
+
+EXCHANGES = frozenset({HALO_EXCHANGE, RESHARD})
+REDUCTIONS = frozenset({ALL_REDUCE, ALL_REDUCE_MOMENTS})
+
+_LAYOUT = "partitioner.layout"
+_MESH = "partitioner.mesh"
+_PARTIAL = "partitioner.partial"
+_STORAGE = "partitioner.storage"
+_PASSES = "partitioner.passes"
+
+
+def is_exchange(node: ir.Node) -> bool:
+    """Whether the node is a HaloExchange or Reshard."""
+    return node.domain == DOMAIN and node.op_type in EXCHANGES
+
+
+def is_all_reduce(node: ir.Node) -> bool:
+    """Whether the node merges partial results over ranks."""
+    return node.domain == DOMAIN and node.op_type in REDUCTIONS
+
+
+def is_communication(node: ir.Node) -> bool:
+    """Whether the node sends messages."""
+    return is_exchange(node) or is_all_reduce(node)
+
+
+def get_mesh(model: ir.Model) -> Mesh:
+    """The mesh of a plan.
+
+    Raises:
+        PartitionError: when the model is no plan.
+    """
+    text = model.metadata_props.get(_MESH)
+    if text is None:
+        raise PartitionError("this model is no plan: it names no mesh; make one with `partition compile`")
+    return Mesh.parse(text)
+
+
+def set_mesh(model: ir.Model, mesh: Mesh) -> None:
+    """Write the mesh into the model."""
+    model.metadata_props[_MESH] = str(mesh)
+
+
+def is_plan(model: ir.Model) -> bool:
+    """Whether the model has been laid out."""
+    return _MESH in model.metadata_props
+
+
+def get_passes(model: ir.Model) -> tuple[str, ...]:
+    """Names of the passes that made this plan, in order."""
+    return tuple(filter(None, model.metadata_props.get(_PASSES, "").split(" ")))
+
+
+def add_pass(model: ir.Model, name: str) -> None:
+    """Note that a pass has run."""
+    model.metadata_props[_PASSES] = " ".join((*get_passes(model), name))
+
+
+def get_storage(model: ir.Model) -> str:
+    """The storage order of activations: `channels_last` or `channels_first`."""
+    return model.metadata_props.get(_STORAGE, "channels_first")
+
+
+def set_storage(model: ir.Model, order: str) -> None:
+    """Write the storage order into the model."""
+    model.metadata_props[_STORAGE] = order
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """Static extents of a value that canonicalize has seen."""
+    assert value.shape is not None, value.name
+    return tuple(int(n) for n in value.shape.numpy())
+
+
+def get_layout(value: ir.Value) -> Layout:
+    """The layout of a value; what has none (a weight) is replicated."""
+    cached = value.meta.get(_LAYOUT)
+    if cached is not None:
+        return cached
+    text = value.metadata_props.get(_LAYOUT)
+    layout = Layout.replicated(shape_of(value)) if text is None else parse_layout(text)
+    if layout.shape != shape_of(value):  # trailing shards of an overlapping layout may leave the end out
+        layout = Layout(shape_of(value), layout.axes)
+    value.meta[_LAYOUT] = layout
+    return layout
+
+
+def set_layout(value: ir.Value, layout: Layout) -> None:
+    """Write a value's layout into the model."""
+    value.meta[_LAYOUT] = layout
+    value.metadata_props[_LAYOUT] = str(layout)
+
+
+def has_layout(value: ir.Value) -> bool:
+    """Whether a layout was assigned to the value."""
+    return _LAYOUT in value.metadata_props
+
+
+def get_partial(node: ir.Node) -> tuple[str, ...]:
+    """Mesh axes over which this node's result is only this shard's part of a reduction."""
+    return tuple(filter(None, node.metadata_props.get(_PARTIAL, "").split(",")))
+
+
+def set_partial(node: ir.Node, mesh_axes: Sequence[str]) -> None:
+    """Mark a node's result as partial over mesh axes."""
+    node.metadata_props[_PARTIAL] = ",".join(mesh_axes)
+
+
+def new_exchange(op_type: str, value: ir.Value, target: Layout, name: str) -> ir.Node:
+    """A HaloExchange or Reshard of a value; layouts stand in its attributes to be read in a viewer."""
+    attributes = {"source": str(get_layout(value)), "target": str(target)}
+    node = new_node(DOMAIN, op_type, [value], attributes, 1, name)
+    node.outputs[0].shape = ir.Shape(shape_of(value))
+    node.outputs[0].type = value.type
+    set_layout(node.outputs[0], target)
+    return node
+
+
+def new_all_reduce(kind: str, values: Sequence[ir.Value], mesh_axes: Sequence[str], name: str) -> ir.Node:
+    """A merge of partial results (`sum`, `max`, `min`, `moments`) over mesh axes."""
+    op_type = ALL_REDUCE_MOMENTS if kind == "moments" else ALL_REDUCE
+    attributes = {"op": kind, "mesh_axes": list(mesh_axes)}
+    node = new_node(DOMAIN, op_type, list(values), attributes, len(values), name)
+    for source, output in zip(values, node.outputs, strict=True):
+        output.shape, output.type = ir.Shape(shape_of(source)), source.type
+        set_layout(output, get_layout(source))
+    return node
+
+
+def all_reduce_kind(node: ir.Node) -> tuple[str, tuple[str, ...]]:
+    """Kind and mesh axes of an AllReduce node."""
+    values = attributes_of(node)
+    return str(values["op"]), tuple(values["mesh_axes"])
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """Attributes as plain Python values; tensors become numpy arrays."""
+    return {a.name: _plain(a) for a in node.attributes.values() if isinstance(a, ir.Attr)}
+
+
+def _plain(attribute: ir.Attr) -> Any:
+    value = attribute.value
+    return value.numpy() if isinstance(value, ir.TensorProtocol) else value
+
+
+def new_node(domain: str, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any],
+             outputs: int, name: str) -> ir.Node:
+    """A node whose outputs are named after it."""
+    plain = {k: ir.tensor(v) if isinstance(v, np.ndarray | np.generic) else v for k, v in attributes.items()}
+    names = [name if i == 0 else f"{name}.{i}" for i in range(outputs)]
+    return ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(plain),
+                   outputs=[ir.Value(name=n) for n in names], name=name)
+
+
+def declare(model: ir.Model) -> None:
+    """Add the functions of the node types that a model uses, and the domain's version."""
+    used = {n.op_type for n in model.graph if n.domain == DOMAIN}
+    opset = model.graph.opset_imports[""]
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+    for op_type in sorted(used):
+        function = _FUNCTIONS[op_type](op_type, opset)
+        model.functions[function.identifier()] = function
+    if used or is_plan(model):
+        model.graph.opset_imports[DOMAIN] = VERSION
+        model.ir_version = max(model.ir_version, 10)
+
+
+def _function(name: str, opset: int, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value],
+              nodes: Sequence[ir.Node], attributes: Sequence[str]) -> ir.Function:
+    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": opset}, name=name)
+    declared = [ir.Attr(a, ir.AttributeType.UNDEFINED, None) for a in attributes]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=declared)
+
+
+def _identity(count: int, attributes: Sequence[str]) -> Callable[[str, int], ir.Function]:
+    def build(name: str, opset: int) -> ir.Function:
+        inputs = [ir.Value(name=f"x{i}") for i in range(count)]
+        nodes = [ir.Node("", "Identity", [x]) for x in inputs]
+        return _function(name, opset, inputs, [n.outputs[0] for n in nodes], nodes, attributes)
+
+    return build
+
+
+def _constant(attribute: str, kind: ir.AttributeType, ref: str) -> ir.Node:
+    return ir.Node("", "Constant", [], [ir.RefAttr(attribute, ref, kind)])
+
+
+def _reduce(op_type: str, x: ir.Value, opset: int) -> list[ir.Node]:
+    """A reduction over the function's attribute `axes`."""
+    keep = ir.AttrInt64("keepdims", 1)
+    if opset < (13 if op_type == "ReduceSum" else 18):
+        return [ir.Node("", op_type, [x], [ir.RefAttr("axes", "axes", ir.AttributeType.INTS), keep])]
+    axes = _constant("value_ints", ir.AttributeType.INTS, "axes")
+    return [axes, ir.Node("", op_type, [x, axes.outputs[0]], [keep])]
+
+
+def _moments(name: str, opset: int) -> ir.Function:
+    x = ir.Value(name="x")
+    count = _constant("value", ir.AttributeType.TENSOR, "count")
+    mean = _reduce("ReduceMean", x, opset)
+    deviation = ir.Node("", "Sub", [x, mean[-1].outputs[0]])
+    square = ir.Node("", "Mul", [deviation.outputs[0], deviation.outputs[0]])
+    total = _reduce("ReduceSum", square.outputs[0], opset)
+    nodes = [count, *mean, deviation, square, *total]
+    outputs = [count.outputs[0], mean[-1].outputs[0], total[-1].outputs[0]]
+    return _function(name, opset, [x], outputs, nodes, ["axes", "count"])
+
+
+def _normalize(name: str, opset: int) -> ir.Function:
+    x, count, mean, m2, scale, bias = (ir.Value(name=n) for n in ("x", "count", "mean", "m2", "scale", "bias"))
+    nodes: list[ir.Node] = []
+
+    def op(op_type: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        nodes.append(ir.Node("", op_type, list(inputs), attributes))
+        return nodes[-1].outputs[0]
+
+    cells = op("Cast", count, attributes=[ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
+    epsilon = op("Constant", attributes=[ir.RefAttr("value", "epsilon", ir.AttributeType.TENSOR)])
+    channels = op("Constant", attributes=[ir.RefAttr("value", "channels", ir.AttributeType.TENSOR)])
+    deviation = op("Sqrt", op("Add", op("Div", m2, cells), epsilon))
+    scaled = op("Mul", op("Div", op("Sub", x, mean), deviation), op("Reshape", scale, channels))
+    result = op("Add", scaled, op("Reshape", bias, channels))
+    inputs = [x, count, mean, m2, scale, bias]
+    return _function(name, opset, inputs, [result], nodes, ["dtype", "epsilon", "channels"])
+
+
+_FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {
+    HALO_EXCHANGE: _identity(1, ("source", "target")),
+    RESHARD: _identity(1, ("source", "target")),
+    ALL_REDUCE: _identity(1, ("op", "mesh_axes")),
+    ALL_REDUCE_MOMENTS: _identity(3, ("op", "mesh_axes")),
+    MOMENTS: _moments,
+    NORMALIZE: _normalize,
+}

@@ -1,0 +1,19 @@
+"""The two errors of the toolkit: a mistake the user can mend, and a failure while running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PartitionError(Exception):
+    """A mistake that the user can mend; the message says where, what and what to do (exit code 2)."""
+
+
+class ExecutionError(Exception):
+    """A failure while running a valid plan: a rank died, a disk filled up (exit code 1)."""
+
+
+def refuse_all(problems: Sequence[str]) -> None:
+    """Raise one `PartitionError` that lists every problem, or return when there is none."""
+    if problems:
+        raise PartitionError("\n".join(problems))

@@ -1,0 +1,143 @@
+"""Which cells of a tensor every rank holds: cuts of an axis, and the layout of a whole tensor.
+
+A layout says per tensor axis along which mesh axis it is split and which pieces each coordinate
+holds; an axis that is not split is held whole by everyone.  Everything is stored per axis, so a
+16x16x16 mesh costs 48 entries, not 4096.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from partitioner.geometry import Box, Pieces, extent, format_pieces, parse_pieces, span
+from partitioner.maps import AxisMap
+
+Cuts = tuple[int, ...]
+"""Ascending positions 0, ..., n: shard i owns [cuts[i], cuts[i+1]); equal neighbours are an empty shard."""
+
+
+def even_cuts(extent_: int, shards: int) -> Cuts:
+    """Cuts into shards whose extents differ by at most one, the larger ones first."""
+    base, extra = divmod(extent_, shards)
+    return tuple(i * base + min(i, extra) for i in range(shards + 1))
+
+
+def follow_cuts(cuts: Cuts, axis_map: AxisMap) -> Cuts:
+    """The cuts of an operator's output that go naturally with those of its input."""
+    inner = [axis_map.follow(cut) for cut in cuts[1:-1]]
+    found = [0]
+    for cut in inner:
+        found.append(max(found[-1], min(cut, axis_map.n_out)))
+    return (*found, axis_map.n_out)
+
+
+@dataclass(frozen=True)
+class AxisLayout:
+    """One split tensor axis: the coordinate i of `mesh_axis` holds `parts[i]`."""
+
+    mesh_axis: str
+    parts: tuple[Pieces, ...]
+
+    @classmethod
+    def from_cuts(cls, mesh_axis: str, cuts: Cuts) -> AxisLayout:
+        """Disjoint shards between consecutive cuts."""
+        return cls(mesh_axis, tuple(span(a, b) for a, b in zip(cuts, cuts[1:], strict=False)))
+
+    @property
+    def cuts(self) -> Cuts | None:
+        """The cuts when the parts are disjoint, in order and without gaps; None otherwise."""
+        position = 0
+        found = [0]
+        for part in self.parts:
+            if len(part) > 1 or (part and part[0].start != position):
+                return None
+            position += extent(part)
+            found.append(position)
+        return tuple(found)
+
+    def __str__(self) -> str:
+        cuts = self.cuts
+        if cuts is not None:
+            return f"{self.mesh_axis}({'|'.join(map(str, cuts))})"
+        return f"{self.mesh_axis}({' '.join(format_pieces(p) for p in self.parts)})"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every rank holds of a tensor of extents `shape`; `axes[a]` is None where it is not split."""
+
+    shape: tuple[int, ...]
+    axes: tuple[AxisLayout | None, ...]
+
+    @classmethod
+    def replicated(cls, shape: Sequence[int]) -> Layout:
+        """Every rank holds the whole tensor."""
+        return cls(tuple(shape), (None,) * len(shape))
+
+    @property
+    def mesh_axes(self) -> frozenset[str]:
+        """Names of the mesh axes along which the tensor is split; it is replicated along the others."""
+        return frozenset(axis.mesh_axis for axis in self.axes if axis is not None)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether no axis is split."""
+        return not self.mesh_axes
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether the shards are disjoint and cover the tensor."""
+        return all(
+            axis is None or ((cuts := axis.cuts) is not None and cuts[-1] == n)
+            for axis, n in zip(self.axes, self.shape, strict=True)
+        )
+
+    def part(self, axis: int, coordinates: Mapping[str, int]) -> Pieces:
+        """What the rank at these coordinates holds along a tensor axis."""
+        split = self.axes[axis]
+        return span(0, self.shape[axis]) if split is None else split.parts[coordinates[split.mesh_axis]]
+
+    def box(self, coordinates: Mapping[str, int]) -> Box:
+        """What the rank at these mesh coordinates holds."""
+        return Box(tuple(self.part(a, coordinates) for a in range(len(self.shape))))
+
+    def with_axis(self, axis: int, split: AxisLayout | None) -> Layout:
+        """The same layout with one axis laid out anew."""
+        return replace(self, axes=(*self.axes[:axis], split, *self.axes[axis + 1 :]))
+
+    def __str__(self) -> str:
+        items = [str(n) if axis is None else str(axis) for n, axis in zip(self.shape, self.axes, strict=True)]
+        return "[" + ", ".join(items) + "]"
+
+
+def parse_layout(text: str) -> Layout:
+    """The inverse of `str(layout)`.
+
+    Raises:
+        ValueError: when the text is no layout.
+    """
+    inner = text.strip()
+    if not (inner.startswith("[") and inner.endswith("]")):
+        raise ValueError(f"'{text}' is no layout")
+    shape: list[int] = []
+    axes: list[AxisLayout | None] = []
+    for item in filter(None, (part.strip() for part in inner[1:-1].split(","))):
+        if not item.endswith(")"):
+            shape.append(int(item))
+            axes.append(None)
+            continue
+        split = _parse_axis(item)
+        axes.append(split)
+        shape.append(max((p[-1].stop for p in split.parts if p), default=0))
+    return Layout(tuple(shape), tuple(axes))
+
+
+def _parse_axis(item: str) -> AxisLayout:
+    name, _, body = item[:-1].partition("(")
+    if "|" in body:
+        cuts = tuple(int(cut) for cut in body.split("|"))
+        if cuts[0] != 0 or list(cuts) != sorted(cuts):
+            raise ValueError(f"'{item}': cuts must ascend from 0")
+        return AxisLayout.from_cuts(name, cuts)
+    return AxisLayout(name, tuple(parse_pieces(part) for part in body.split(" ")))

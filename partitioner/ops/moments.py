@@ -1,0 +1,80 @@
+"""Mean and spread of a tensor in parts: count, mean and M2 merge without cancellation.
+
+M2 is the sum of squared deviations from the mean; for two parts a and b (Chan, Golub, LeVeque 1979)
+
+    n = na + nb,  d = mean_b - mean_a,  mean = mean_a + d * nb / n,  M2 = M2_a + M2_b + d^2 * na * nb / n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+else:
+    from partitioner.lazy import torch
+
+Moments = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""Count (int64, no axes), mean and M2 (reduced axes kept with extent 1)."""
+
+
+def moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
+    """Count, mean and M2 of `x` over `axes`.
+
+    Slices along the first axis are reduced first and merged in order, so that the bits do not depend on
+    the number of threads.
+    """
+    first, *others = axes
+    count = torch.tensor(_cells(x, axes), dtype=torch.int64, device=x.device)
+    if x.shape[first] == 0 or _cells(x, axes) == 0:
+        shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+        zeros = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        return count, zeros, zeros.clone()
+    if not others:
+        return (count, *_centred(x, (first,)))
+    variance, means = torch.var_mean(x, tuple(others), correction=0, keepdim=True)
+    mean = means.mean(first, keepdim=True)
+    between = (means - mean).square().sum(first, keepdim=True)
+    per_slice = _cells(x, others)
+    return count, mean, (variance.sum(first, keepdim=True) + between) * per_slice
+
+
+def _centred(x: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = x.mean(axes, keepdim=True)
+    deviation = x - mean
+    rest = deviation.mean(axes, keepdim=True)
+    return mean + rest, (deviation - rest).square().sum(axes, keepdim=True)
+
+
+def merge_moments(parts: Sequence[Moments]) -> Moments:
+    """The moments of all parts together, merged in the order given."""
+    count, mean, m2 = parts[0]
+    for other, other_mean, other_m2 in parts[1:]:
+        total = count + other
+        share = (other.to(mean.dtype) / total.clamp(min=1).to(mean.dtype))
+        delta = other_mean - mean
+        m2 = m2 + other_m2 + delta.square() * (count.to(mean.dtype) * share)
+        mean = mean + delta * share
+        count = total
+    return count, mean, m2
+
+
+def scale_and_shift(scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor,
+                    epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors a, b with (x - mean) / sqrt(variance + epsilon) * scale + bias = x * a + b."""
+    factor = scale * torch.rsqrt(variance + epsilon)
+    return factor, bias - mean * factor
+
+
+def affine(x: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor,
+           into: torch.Tensor | None = None) -> torch.Tensor:
+    """x * factor + offset in one pass, into given memory if there is some."""
+    return torch.addcmul(offset, x, factor) if into is None else torch.addcmul(offset, x, factor, out=into)
+
+
+def _cells(x: torch.Tensor, axes: Sequence[int]) -> int:
+    cells = 1
+    for axis in axes:
+        cells *= x.shape[axis]
+    return cells

@@ -1,0 +1,123 @@
+"""From a node of the graph to its operator."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.geometry import Box, union
+from partitioner.layout import AxisLayout, Layout
+from partitioner.ops.base import Need, NodeView, Operator, TensorType, Unsupported, need_pieces
+from partitioner.ops.registry import lookup
+
+_OPERATOR = "partitioner.operator"
+
+
+def tensor_type(value: ir.Value) -> TensorType:
+    """Static type of a value.
+
+    Raises:
+        Unsupported: when extents or element type are not known.
+    """
+    if value.shape is None or not value.shape.is_static() or value.dtype is None:
+        raise Unsupported(f"the extents of its input '{value.name}' are not known beforehand")
+    return TensorType(dialect.shape_of(value), value.dtype)
+
+
+def view_node(node: ir.Node) -> NodeView:
+    """What an operator class may know of a node.
+
+    Raises:
+        Unsupported: when an input's type is not known.
+    """
+    graph = node.graph
+    imports = graph.opset_imports if graph is not None else {}
+    return NodeView(
+        op_type=node.op_type,
+        version=node.version or imports.get(node.domain, 1),
+        inputs=tuple(None if v is None else tensor_type(v) for v in node.inputs),
+        constants=tuple(None if v is None else v.const_value for v in node.inputs),
+        attributes=dialect.attributes_of(node),
+        used_outputs=tuple(bool(v.uses()) or v.is_graph_output() for v in node.outputs),
+    )
+
+
+def operator_of(node: ir.Node) -> Operator:
+    """The operator of a compute node, read once.
+
+    Raises:
+        Unsupported: when there is no rule or the node cannot be kept exact.
+    """
+    cached = node.meta.get(_OPERATOR)
+    if cached is not None:
+        return cached
+    cls = lookup(node.domain, node.op_type)
+    if cls is None:
+        raise Unsupported("this operator has no rule; export the model without it")
+    operator = cls.read(view_node(node))
+    node.meta[_OPERATOR] = operator
+    return operator
+
+
+def needed_layout(node: ir.Node, index: int) -> Layout | None:
+    """What every rank needs of an input for its own part of the node's outputs; None for a consumed input.
+
+    For the local part of a reduction, the reduced axes are needed as they are owned.
+    """
+    value = node.inputs[index]
+    operator = operator_of(node)
+    if value is None:
+        return None
+    found: Layout | None = None
+    for output, result in enumerate(node.outputs[: len(operator.outputs)]):
+        needs = operator.needs(output)[index]
+        if needs is None:
+            continue
+        layout = _needed(value, needs, dialect.get_layout(result))
+        found = layout if found is None else _union(found, layout)
+    if found is None or not dialect.get_partial(node):
+        return found
+    owned, axes = dialect.get_layout(value), operator.reduction
+    assert axes is not None
+    for axis in axes.axes:
+        found = found.with_axis(axis, owned.axes[axis])
+    return found
+
+
+def _needed(value: ir.Value, needs: tuple[Need, ...], out: Layout) -> Layout:
+    axes: list[AxisLayout | None] = []
+    for need in needs:
+        split = None if need.axis is None else out.axes[need.axis]
+        if split is None or need.is_whole:
+            axes.append(None)
+        else:
+            axes.append(AxisLayout(split.mesh_axis, tuple(need.map.needed_by(p) for p in split.parts)))
+    return Layout(dialect.shape_of(value), tuple(axes))
+
+
+def _union(left: Layout, right: Layout) -> Layout:
+    axes: list[AxisLayout | None] = []
+    for a, b in zip(left.axes, right.axes, strict=True):
+        if a is None or b is None or a.mesh_axis != b.mesh_axis:
+            axes.append(None)
+        else:
+            axes.append(AxisLayout(a.mesh_axis, tuple(union(p, q) for p, q in zip(a.parts, b.parts, strict=True))))
+    return Layout(left.shape, tuple(axes))
+
+
+def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], owned: Box) -> Box | None:
+    """The cells of an input that local output boxes need; the reduced axes of a partial as they are owned."""
+    operator = operator_of(node)
+    found: list[Box] = []
+    for output, out in enumerate(outs):
+        needs = operator.needs(output)[index]
+        if needs is not None:
+            found.append(Box(tuple(need_pieces(need, out) for need in needs)))
+    if not found:
+        return None
+    box = max(found, key=lambda b: b.size)
+    if not dialect.get_partial(node):
+        return box
+    assert operator.reduction is not None
+    axes = [owned.axes[a] if a in operator.reduction.axes else part for a, part in enumerate(box.axes)]
+    return Box(tuple(axes))

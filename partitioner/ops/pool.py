@@ -1,0 +1,222 @@
+"""Max and average pooling over windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+
+from partitioner.geometry import Box, Interval
+from partitioner.maps import Window, identity
+from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
+from partitioner.ops.registry import register
+from partitioner.ops.windows import (
+    crop_outputs,
+    local_padding,
+    pad_explicitly,
+    plan_border,
+    read_windows,
+    window_needs,
+)
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as functional
+
+    from partitioner.ops.emitter import Emitter
+else:
+    from partitioner.lazy import functional, torch
+
+
+@dataclass(frozen=True)
+class Pool(Operator):
+    """What max and average pooling share: windows on the spatial axes, batch and channel as they are.
+
+    `ends` is the declared padding after each axis; a ceil_mode output may reach beyond it.
+    """
+
+    windows: tuple[Window, ...]
+    ends: tuple[int, ...]
+
+    def needs(self, output: int = 0) -> Needs:
+        shape = self.outputs[0].shape
+        leading = (Need(0, identity(shape[0])), Need(1, identity(shape[1])))
+        return ((*leading, *window_needs(self.windows)),)
+
+    def flops(self, out: float) -> float:
+        return out * math.prod(w.kernel for w in self.windows)
+
+    def _local_pads(self, box: Box, out: Box) -> tuple[list[int], list[int]]:
+        pairs = [
+            local_padding(w, h, o)
+            for w, h, o in zip(self.windows, box.intervals()[2:], out.intervals()[2:], strict=True)
+        ]
+        return [lo for lo, _ in pairs], [hi for _, hi in pairs]
+
+
+def _read_pool(view: NodeView) -> tuple[tuple[TensorType], tuple[Window, ...], tuple[int, ...]]:
+    data = view.input(0)
+    if not 3 <= data.rank <= 5:
+        raise Unsupported(f"its input has {data.rank} axes; 3 to 5 (batch, channel, 1 to 3 spatial) are supported")
+    kernel = view.ints("kernel_shape")
+    if kernel is None:
+        raise Unsupported("kernel_shape is missing; correct the file")
+    windows, ends = read_windows(view, data.shape[2:], kernel, ceil_mode=bool(view.int("ceil_mode", 0)))
+    shape = (*data.shape[:2], *(w.n_out for w in windows))
+    return (TensorType(shape, data.dtype),), windows, ends
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """The value that never wins a maximum."""
+    return float("-inf") if dtype.is_floating_point else float(torch.iinfo(dtype).min)
+
+
+@register
+@dataclass(frozen=True)
+class MaxPool(Pool):
+    """Maximum over windows; padding never wins.
+
+    Source: ONNX MaxPool (1, 8, 10, 11, 12, 22), without its Indices output.
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("MaxPool",)
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("MaxPool", ((1, 2, 13),), {"kernel_shape": [2], "strides": [2]}),
+        Example("MaxPool", ((1, 2, 9, 11),), {"kernel_shape": [3, 2], "strides": [2, 3], "pads": [1, 0, 1, 1]}),
+        Example("MaxPool", ((1, 1, 7, 8, 9),), {"kernel_shape": [3, 3, 2], "dilations": [2, 1, 1], "pads": [1] * 6}),
+        Example("MaxPool", ((1, 2, 10),), {"kernel_shape": [3], "strides": [2], "ceil_mode": 1}),
+    )
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        if len(view.used_outputs) > 1 and view.used_outputs[1]:
+            raise Unsupported("its Indices output is used; export the network with an interpolating upsampling")
+        outputs, windows, ends = _read_pool(view)
+        return cls(view.inputs, outputs, windows, ends)
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
+        borders = [plan_border(w, h, o, limit=w.kernel // 2)
+                   for w, h, o in zip(self.windows, held, outs, strict=True)]
+        data = pad_explicitly(call.tensor(0), borders, lowest(call.tensor(0).dtype))
+        pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(outs) - 1]
+        result = pool(
+            data, [w.kernel for w in self.windows], stride=[w.stride for w in self.windows],
+            padding=[b.kernel_pad for b in borders], dilation=[w.dilation for w in self.windows],
+        )
+        return (crop_outputs(result, borders, outs),)
+
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        name, box = names[0], boxes[0]
+        assert box is not None and name is not None
+        lo, hi = self._local_pads(box, outs[0])
+        info = self.outputs[0].dtype
+        if info.is_floating_point():
+            fill = np.asarray(-np.inf, info.numpy())
+        else:
+            fill = np.asarray(np.iinfo(info.numpy()).min, info.numpy())
+        padded = emitter.pad(name, [0, 0, *lo], [0, 0, *hi], fill) if any(lo + hi) else name
+        return emitter.same([padded], 1, {"pads": [0] * len(lo + hi)}, drop=("auto_pad", "ceil_mode"))
+
+    def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
+        # torch's max pools compute int64 indices whether asked or not
+        return 8 * outs[0]
+
+
+@register
+@dataclass(frozen=True)
+class AveragePool(Pool):
+    """Mean over windows, by the number of cells counted at each output's global position.
+
+    Source: ONNX AveragePool (1, 7, 10, 11, 19, 22); a count covers the tensor, and with
+    count_include_pad also the declared padding, but never the surplus of ceil_mode.
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("AveragePool",)
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("AveragePool", ((1, 2, 13),), {"kernel_shape": [2], "strides": [2]}),
+        Example("AveragePool", ((1, 2, 9, 10),), {"kernel_shape": [3, 2], "strides": [2, 3], "pads": [1, 0, 1, 1]}),
+        Example("AveragePool", ((1, 1, 7, 6, 9),),
+                {"kernel_shape": [3, 3, 2], "pads": [1] * 6, "count_include_pad": 1}),
+        Example("AveragePool", ((1, 2, 6),), {"kernel_shape": [2], "strides": [2], "pads": [0, 1], "ceil_mode": 1}),
+        Example("AveragePool", ((1, 2, 11),), {"kernel_shape": [3], "dilations": [2], "pads": [1, 2]}, opset=19),
+    )
+
+    include_pad: bool = False
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        outputs, windows, ends = _read_pool(view)
+        return cls(view.inputs, outputs, windows, ends, bool(view.int("count_include_pad", 0)))
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
+        if any(w.dilation > 1 for w in self.windows):
+            total = self._dilated_sum(call.tensor(0), held, outs)
+        else:
+            total = self._window_sum(call.tensor(0), held, outs)
+        counts = [self._counts(axis, out) for axis, out in enumerate(outs)]
+        if all(len(set(c)) == 1 for c in counts):
+            return (total / math.prod(c[0] for c in counts),)
+        for axis, count in enumerate(counts):
+            shape = [1] * total.dim()
+            shape[axis + 2] = len(count)
+            total = total / torch.tensor(count, dtype=total.dtype, device=total.device).reshape(shape)
+        return (total,)
+
+    def _window_sum(self, data: torch.Tensor, held: Sequence[Interval], outs: Sequence[Interval]) -> torch.Tensor:
+        borders = [plan_border(w, h, o, limit=w.kernel // 2)
+                   for w, h, o in zip(self.windows, held, outs, strict=True)]
+        data = pad_explicitly(data, borders, 0.0)
+        kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]
+        padding = [b.kernel_pad for b in borders]
+        if len(outs) == 1:  # avg_pool1d lacks the divisor
+            data = data.unsqueeze(2)
+            pooled = functional.avg_pool2d(data, [1, *kernel], [1, *stride], [0, *padding], divisor_override=1)
+            return crop_outputs(pooled.squeeze(2), borders, outs)
+        pool = functional.avg_pool2d if len(outs) == 2 else functional.avg_pool3d
+        return crop_outputs(pool(data, kernel, stride, padding, divisor_override=1), borders, outs)
+
+    def _dilated_sum(self, data: torch.Tensor, held: Sequence[Interval], outs: Sequence[Interval]) -> torch.Tensor:
+        """Sums tap by tap, axis by axis: torch's average pools know no dilation."""
+        for axis, (window, have, out) in enumerate(zip(self.windows, held, outs, strict=True)):
+            lo, hi = local_padding(window, have, out)
+            amounts = [0, 0] * (len(outs) - 1 - axis) + [lo, hi]
+            data = functional.pad(data, amounts)
+            reach = (len(out) - 1) * window.stride + 1
+            taps = [data.narrow(axis + 2, t * window.dilation, reach) for t in range(window.kernel)]
+            index = [slice(None)] * data.dim()
+            index[axis + 2] = slice(None, None, window.stride)
+            data = torch.stack([tap[tuple(index)] for tap in taps]).sum(0)
+        return data
+
+    def _counts(self, axis: int, out: Interval) -> list[int]:
+        """How many cells of every window are counted along one axis, in global coordinates."""
+        window, end = self.windows[axis], self.ends[axis]
+        first, last = (-window.lo, window.n_in + end) if self.include_pad else (0, window.n_in)
+        starts = [o * window.stride - window.lo for o in range(out.start, out.stop)]
+        taps = [[s + t * window.dilation for t in range(window.kernel)] for s in starts]
+        return [sum(first <= cell < last for cell in row) for row in taps]
+
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        name, box = names[0], boxes[0]
+        assert box is not None and name is not None
+        lo, hi = self._local_pads(box, outs[0])
+        padded = emitter.pad(name, [0, 0, *lo], [0, 0, *hi]) if any(lo + hi) else name
+        pads = {"pads": [0] * len(lo + hi)}
+        (mean,) = emitter.same([padded], 1, pads, drop=("auto_pad", "ceil_mode", "count_include_pad"))
+        dtype = self.outputs[0].dtype.numpy()
+        for axis, window in enumerate(self.windows):
+            counts = self._counts(axis, outs[0].intervals()[axis + 2])
+            if set(counts) == {window.kernel}:
+                continue
+            shape = [1] * len(outs[0].axes)
+            shape[axis + 2] = len(counts)
+            factor = (window.kernel / np.asarray(counts, np.float64)).astype(dtype).reshape(shape)
+            mean = emitter.op("Mul", [mean, emitter.constant(factor)])
+        return (mean,)

@@ -1,0 +1,231 @@
+"""canonicalize: static shapes, constants folded, functions inlined; every unsupported node listed at once.
+
+    before                                           after
+    x (1, 1, D, H, W)                                x (1, 1, 121, 160, 143)
+    y = Dropout(Identity(x))                         y = x
+    z = Resize(y, Concat(Shape(y)...))               z = Resize(y, constant)
+
+Extents come from the operators' maps; the file's own annotations are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_ir as ir
+import onnx_ir.passes.common as library
+
+from partitioner import dialect
+from partitioner.errors import PartitionError, refuse_all
+from partitioner.ops.base import Unsupported
+from partitioner.ops.nodes import operator_of
+from partitioner.ops.registry import lookup
+from passes.base import Check, Pass
+from passes.checks import KNOWN, STATIC
+from passes.fold import Folder
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class ShapeError(PartitionError):
+    """The network cannot take the extents given, though it could take others."""
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Bring a model into the form that the other passes read.
+
+    Args:
+        shapes: extents per input name; inputs with static extents need none.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    ensures: ClassVar[tuple[Check, ...]] = (STATIC, KNOWN)
+
+    shapes: Shapes = field(default_factory=dict[str, Sequence[int]])
+
+    def apply(self, model: ir.Model) -> None:
+        prepare(model)
+        bind_inputs(model, self.shapes)
+        problems = infer_and_fold(model)
+        refuse_all(problems)
+        _drop_copies(model)
+        library.RemoveUnusedNodesPass()(model)
+        _name_nodes(model.graph)
+
+
+def prepare(model: ir.Model) -> None:
+    """Inline functions, lift constants, drop dead nodes and stale annotations."""
+    if model.functions:
+        library.InlinePass()(model)
+        model.functions.clear()
+    if "ai.onnx" in model.graph.opset_imports:
+        model.graph.opset_imports.setdefault("", model.graph.opset_imports.pop("ai.onnx"))
+    for node in model.graph:
+        if node.domain == "ai.onnx":
+            node.domain = ""
+    library.RemoveInitializersFromInputsPass()(model)
+    library.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    library.RemoveUnusedNodesPass()(model)
+    _name_nodes(model.graph)
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Every node a name of its own: messages and the plan speak of nodes by name."""
+    taken: set[str] = set()
+    for index, node in enumerate(graph):
+        wish = node.name or f"{node.op_type}_{index}"
+        name, count = wish, 1
+        while name in taken:
+            name, count = f"{wish}_{count}", count + 1
+        taken.add(name)
+        node.name = name
+
+
+def bind_inputs(model: ir.Model, shapes: Shapes) -> None:
+    """Give the inputs their extents.
+
+    Raises:
+        PartitionError: for an unknown input, a wrong rank, a contradiction, or an axis that stays open.
+    """
+    names = [str(v.name) for v in model.graph.inputs]
+    problems = [f"input '{name}' is unknown; the model has {', '.join(names)}" for name in shapes if name not in names]
+    symbols: dict[str, int] = {}
+    for value in model.graph.inputs:
+        if value.shape is None or value.dtype is None:
+            problems.append(f"input '{value.name}' has no declared rank or type; export the model again")
+            continue
+        given = shapes.get(str(value.name))
+        problem = _bind(value, given, symbols)
+        if problem:
+            problems.append(problem)
+    refuse_all(problems)
+
+
+def describe_shape(shape: ir.Shape) -> str:
+    """Extents as text, open axes by their names."""
+    return "x".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in shape)
+
+
+def _bind(value: ir.Value, given: Sequence[int] | None, symbols: dict[str, int]) -> str | None:
+    assert value.shape is not None
+    declared = describe_shape(value.shape)
+    if given is not None and len(given) != len(value.shape):
+        return (f"input '{value.name}' has {len(value.shape)} axes ({declared}), the shape given has {len(given)} "
+                f"({'x'.join(map(str, given))}); give one extent per axis")
+    extents: list[int] = []
+    for axis, dim in enumerate(value.shape):
+        wanted = None if given is None else int(given[axis])
+        if isinstance(dim, int):
+            if wanted not in (None, dim):
+                return (f"input '{value.name}' is exported with the fixed extents {declared}, not "
+                        f"{'x'.join(map(str, given or ()))}; export it with dynamic axes")
+            extents.append(dim)
+            continue
+        known = symbols.get(str(dim.value)) if wanted is None and dim.value else wanted
+        if known is None:
+            return (f"input '{value.name}' has open axes ({declared}); give all extents: "
+                    f"--shape {value.name}={'x'.join('N' for _ in value.shape)}")
+        if known < 1:
+            return f"input '{value.name}': extent {known} of axis {axis} must be at least 1"
+        if dim.value and symbols.setdefault(str(dim.value), known) != known:
+            return (f"input '{value.name}': axis {axis} ('{dim.value}') is {known} here and "
+                    f"{symbols[str(dim.value)]} elsewhere; the same name must have the same extent")
+        extents.append(known)
+    value.shape = ir.Shape(extents)
+    return None
+
+
+def infer_and_fold(model: ir.Model) -> list[str]:
+    """Compute every extent and fold every constant, in place; returns the problems, by node name."""
+    folder = Folder(model)
+    problems: list[str] = []
+    unknown: set[ir.Value] = set()
+    for node in list(model.graph):
+        if any(v in unknown for v in node.inputs if v is not None):
+            unknown.update(node.outputs)
+            if lookup(node.domain, node.op_type) is None and not _is_shape(node):
+                problems.append(_problem(node, "this operator has no rule; export the model without it"))
+            continue
+        try:
+            _visit(model, node, folder)
+        except Unsupported as error:
+            problems.append(_problem(node, str(error)))
+            unknown.update(node.outputs)
+    if not problems:
+        problems += _settle_rest(model, folder)
+    if not problems:
+        _keep_used_constants(model)
+    return problems
+
+
+def _is_shape(node: ir.Node) -> bool:
+    return node.domain == "" and node.op_type in ("Shape", "Size", "Constant")
+
+
+def _problem(node: ir.Node, reason: str) -> str:
+    domain = f"{node.domain}." if node.domain else ""
+    return f"{node.name} ({domain}{node.op_type}): {reason}"
+
+
+def _visit(model: ir.Model, node: ir.Node, folder: Folder) -> None:
+    if folder.try_fold(node):
+        return
+    folder.settle(node.inputs)
+    for value in node.inputs:
+        if value is not None and value.const_value is not None and value.shape is None:
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+    operator = operator_of(node)
+    for value, found in zip(node.outputs, operator.outputs, strict=False):
+        value.shape = ir.Shape(found.shape)
+        value.type = ir.TensorType(found.dtype)
+
+
+def _settle_rest(model: ir.Model, folder: Folder) -> list[str]:
+    """Values that constants decide and that leave the graph."""
+    try:
+        folder.settle([v for v in model.graph.outputs])
+    except Unsupported as error:
+        return [str(error)]
+    return [f"output '{v.name}' does not depend on any input; remove it from the model"
+            for v in model.graph.outputs if v.const_value is not None]
+
+
+def _keep_used_constants(model: ir.Model) -> None:
+    """Replace folded values by initialisers and remove the nodes that made them."""
+    graph = model.graph
+    for node in reversed(list(graph)):
+        if not all(v.const_value is not None or not v.uses() for v in node.outputs):
+            continue
+        if any(v.is_graph_output() for v in node.outputs):
+            continue
+        for value in node.outputs:
+            if value.const_value is None or not value.uses():
+                continue
+            constant = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+            value.replace_all_uses_with(constant)
+            value.name = f"{value.name}/folded"
+            graph.register_initializer(constant)
+        graph.remove(node, safe=True)
+    used = {v for n in graph for v in n.inputs if v is not None}
+    for name in [n for n, v in graph.initializers.items() if v not in used and not v.is_graph_output()]:
+        del graph.initializers[name]
+
+
+def _drop_copies(model: ir.Model) -> None:
+    """Identity and Dropout at inference: readers read the original."""
+    for node in list(model.graph):
+        if node.domain != "" or node.op_type not in ("Identity", "Dropout"):
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        if source is None or result.is_graph_output() or source.const_value is not None:
+            continue
+        result.replace_all_uses_with(source)
+        model.graph.remove(node, safe=True)
+
+

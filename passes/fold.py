@@ -1,0 +1,131 @@
+"""Constant folding on demand: what the shapes alone decide is computed by onnxruntime, once.
+
+    before                                           after
+    s = Shape(x); d = Gather(s, 2)                   sizes = constant
+    sizes = Concat(..., Mul(d, 2)); y = Resize(x, sizes)     y = Resize(x, sizes)
+
+Extents come from the operators' maps, not from ONNX shape inference.  Nodes whose inputs are all known
+wait until a value is asked for; then all that wait are computed in one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.ops.base import Unsupported
+
+_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
+                     "Multinomial", "Bernoulli"})
+_SHAPE_ONLY = frozenset({"Shape", "Size"})
+
+
+class Folder:
+    """Keeps track of the nodes that depend on constants alone and computes their values when asked."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.pending: dict[ir.Value, ir.Node] = {}
+
+    def try_fold(self, node: ir.Node) -> bool:
+        """Take a node that constants decide; its outputs become constants when `settle` is called."""
+        if node.op_type in _SHAPE_ONLY and node.domain == "":
+            return self._fold_shape(node)
+        foldable = node.domain == "" and node.op_type not in _RANDOM and not any(
+            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if not foldable or not all(v is None or self.is_constant(v) for v in node.inputs):
+            return False
+        for output in node.outputs:
+            self.pending[output] = node
+        return True
+
+    def is_constant(self, value: ir.Value) -> bool:
+        """Whether the value is known or waits to be computed from known ones."""
+        return value.const_value is not None or value in self.pending
+
+    def _fold_shape(self, node: ir.Node) -> bool:
+        source = node.inputs[0]
+        if source is None or source in self.pending:
+            self.settle([source] if source is not None else [])
+        if source is None or source.shape is None or not source.shape.is_static():
+            raise Unsupported("it asks for extents that are not known beforehand")
+        shape = np.asarray(dialect.shape_of(source), np.int64)
+        if node.op_type == "Size":
+            array = np.asarray(int(np.prod(shape)), np.int64)
+        else:
+            start = node.attributes.get_int("start", 0)
+            end = node.attributes.get_int("end", len(shape))
+            array = shape[start:end]
+        _become_constant(self.model.graph, node.outputs[0], array)
+        return True
+
+    def settle(self, values: Sequence[ir.Value | None]) -> None:
+        """Compute those of the values that wait, with all that they depend on.
+
+        Raises:
+            Unsupported: when onnxruntime cannot compute them.
+        """
+        wanted = [v for v in values if v is not None and v in self.pending]
+        if not wanted:
+            return
+        nodes = self._dependencies(wanted)
+        outputs = [o for n in nodes for o in n.outputs if o.name]
+        for value, array in zip(outputs, _evaluate(self.model, nodes, outputs), strict=True):
+            _become_constant(self.model.graph, value, array)
+            del self.pending[value]
+
+    def _dependencies(self, values: Sequence[ir.Value]) -> list[ir.Node]:
+        found: dict[ir.Node, None] = {}
+
+        def visit(value: ir.Value) -> None:
+            node = self.pending.get(value)
+            if node is None or node in found:
+                return
+            for source in node.inputs:
+                if source is not None:
+                    visit(source)
+            found[node] = None
+
+        for value in values:
+            visit(value)
+        return list(found)
+
+
+def _become_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    value.const_value = ir.tensor(array, name=value.name)
+    value.shape = ir.Shape(array.shape)
+    value.type = ir.TensorType(value.const_value.dtype)
+
+
+def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[np.ndarray]:
+    """Run nodes whose inputs are constants in one onnxruntime session."""
+    import onnxruntime
+
+    inner = {o for n in nodes for o in n.outputs}
+    known = {v.name: v for n in nodes for v in n.inputs if v is not None and v not in inner}
+    copies: dict[str | None, ir.Value] = {
+        name: ir.Value(name=name, const_value=v.const_value, shape=v.shape, type=v.type) for name, v in known.items()}
+    initializers = list(copies.values())
+    clones: list[ir.Node] = []
+    for node in nodes:
+        inputs = [None if v is None else copies[v.name] for v in node.inputs]
+        made = [ir.Value(name=o.name) for o in node.outputs]
+        copies |= {o.name: o for o in made}
+        clones.append(ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=made))
+    graph = ir.Graph([], [copies[o.name] for o in outputs], nodes=clones, initializers=initializers,
+                     opset_imports=dict(model.graph.opset_imports), name="constants")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    try:
+        proto = ir.to_proto(ir.Model(graph, ir_version=max(8, min(model.ir_version, 10))))
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return [np.asarray(array) for array in session.run(None, {})]
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        names = ", ".join(str(n.name) for n in nodes[:3])
+        raise Unsupported(f"its constant inputs ({names}) cannot be computed: {reason[:160]}") from None

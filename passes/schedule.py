@@ -1,0 +1,55 @@
+"""schedule: the order of steps and the order of axes in storage.
+
+    before                                    after
+    nodes in the file's order                 nodes in an order that frees large values early
+                                              storage order in the model's metadata
+
+Whole-shard steps: one step per node, its output interval the whole shard.  An exchange stands directly
+before the first node that reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from passes.base import Check, Pass
+from passes.checks import MET, NO_CHAIN, SPLIT
+
+Storage = Literal["channels_last", "channels_first"]
+
+
+@dataclass(frozen=True)
+class Schedule(Pass):
+    """Order the steps.
+
+    Args:
+        storage: axis order of activations in memory; channels_last keeps slabs of the first spatial
+            axis dense and is the faster order of CPU convolutions.
+    """
+
+    name: ClassVar[str] = "schedule"
+    requires: ClassVar[tuple[Check, ...]] = (MET, NO_CHAIN, SPLIT)
+
+    storage: Storage = "channels_last"
+
+    def apply(self, model: ir.Model) -> None:
+        graph = model.graph
+        graph.sort()
+        for node in list(graph):
+            if dialect.is_exchange(node):
+                _sink(graph, node)
+        dialect.set_storage(model, self.storage)
+
+
+def _sink(graph: ir.Graph, exchange: ir.Node) -> None:
+    """Move an exchange down to its first reader, so that its copy lives no longer than needed."""
+    readers = {use.node for use in exchange.outputs[0].uses()}
+    first = next((node for node in graph if node in readers), None)
+    if first is None:
+        return
+    graph.remove(exchange)
+    graph.insert_before(first, exchange)

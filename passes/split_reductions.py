@@ -1,0 +1,102 @@
+"""split-reductions: what reduces over sharded axes becomes local partial, AllReduce, local finish.
+
+    before                                    after
+    y = InstanceNormalization(x, s, b)        n, m, q = Moments(x)              of this shard
+                                              n, m, q = AllReduceMoments(n, m, q)
+                                              y = Normalize(x, n, m, q, s, b)
+    y = ReduceMean(x, axes)                   t = ReduceSum(x, axes)            of this shard
+                                              t = AllReduce(t, op=sum)
+                                              y = Div(t, number of cells)
+
+Variances merge by count, mean and M2.  This pass changes arithmetic (rounding), unlike those after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.ops.base import Array
+from partitioner.ops.nodes import operator_of
+from passes.assign_shards import assign_new
+from passes.base import Check, Pass
+from passes.checks import AGREE, KNOWN, LAID_OUT, SPLIT, compute_nodes, sharded_reduction
+from passes.rewrite import Namer
+
+
+@dataclass(frozen=True)
+class SplitReductions(Pass):
+    """Split every reduction over sharded axes."""
+
+    name: ClassVar[str] = "split-reductions"
+    requires: ClassVar[tuple[Check, ...]] = (LAID_OUT, AGREE, KNOWN)
+    ensures: ClassVar[tuple[Check, ...]] = (SPLIT,)
+
+    def apply(self, model: ir.Model) -> None:
+        namer = Namer(model.graph)
+        for node in list(compute_nodes(model)):
+            mesh_axes = sharded_reduction(node)
+            if not mesh_axes:
+                continue
+            result = operator_of(node).decompose(_Writer(model.graph, node, mesh_axes, namer), node.inputs)
+            _take_place(model.graph, node, result)
+        dialect.declare(model)
+
+
+class _Writer:
+    """Puts nodes before the one that they replace, with extents and layouts."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, mesh_axes: Sequence[str], namer: Namer) -> None:
+        self.graph = graph
+        self.node = node
+        self.mesh_axes = mesh_axes
+        self.namer = namer
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None,
+           outputs: int = 1, domain: str = "") -> tuple[ir.Value, ...]:
+        name = self.namer(f"{self.node.name}/{op_type}")
+        node = dialect.new_node(domain, op_type, inputs, attributes or {}, outputs, name)
+        self.graph.insert_before(self.node, node)
+        operator = operator_of(node)
+        for value, found in zip(node.outputs, operator.outputs, strict=True):
+            value.shape, value.type = ir.Shape(found.shape), ir.TensorType(found.dtype)
+        assign_new(node)
+        if operator.reduction is not None and sharded_reduction(node):
+            dialect.set_partial(node, self.mesh_axes)
+        return tuple(node.outputs)
+
+    def reduce(self, op_type: str, x: ir.Value, axes: Sequence[int], keepdims: bool) -> ir.Value:
+        opset = self.graph.opset_imports[""]
+        if opset < (13 if op_type == "ReduceSum" else 18):
+            return self.op(op_type, [x], {"axes": list(axes), "keepdims": int(keepdims)})[0]
+        indices = self.constant(np.asarray(list(axes), np.int64))
+        return self.op(op_type, [x, indices], {"keepdims": int(keepdims)})[0]
+
+    def all_reduce(self, kind: str, partial: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+        name = self.namer(f"{self.node.name}/all_reduce")
+        node = dialect.new_all_reduce(kind, partial, self.mesh_axes, name)
+        self.graph.insert_before(self.node, node)
+        return tuple(node.outputs)
+
+    def constant(self, array: Array) -> ir.Value:
+        name = self.namer(f"{self.node.name}/constant")
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype),
+                         const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+
+def _take_place(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
+    """Let `result` be what `node` produced, under the old name and layout."""
+    old = node.outputs[0]
+    layout, name = dialect.get_layout(old), old.name
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
+    dialect.set_layout(result, layout)

@@ -1,0 +1,179 @@
+"""Runs programs: the steps of all ranks of this process, side by side, one transport for all.
+
+Lock-step has every rank here, a distributed process has one; the loop is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from partitioner.ops.base import Call
+from partitioner.ops.moments import merge_moments
+from runtime.memory import allocate_buffer, in_storage_order, load_weight, view, views
+from runtime.program import Action, AllReduce, Compute, Exchange, Load, Message, Program, Store, Window
+from runtime.transports import Job, Parcel, Transport
+
+Reader = Callable[[int, str, Window, torch.Tensor], None]
+"""(rank, input, window, tensor): fill the tensor with the window's cells of the input."""
+
+Writer = Callable[[int, str, Window, torch.Tensor], None]
+"""(rank, output, window, tensor): take the window's cells of the output."""
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, name of the step)."""
+
+
+@dataclass
+class Shard:
+    """One rank's state: its program, device, weights and the buffers that are alive."""
+
+    program: Program
+    device: torch.device
+    weights: Mapping[str, torch.Tensor]
+    poison: bool = False
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight or a living buffer."""
+        found = self.weights.get(name)
+        return self.buffers[name] if found is None else found
+
+    def allocate(self, name: str) -> torch.Tensor:
+        """Bring a buffer into being."""
+        spec = self.program.buffers[name]
+        self.buffers[name] = allocate_buffer(spec, self.device, self.program.storage, self.poison)
+        return self.buffers[name]
+
+    def window(self, window: Window) -> torch.Tensor:
+        """The cells of a window."""
+        return view(self.tensor(window.buffer), window)
+
+    def parcel(self, message: Message) -> Parcel:
+        """A message's cells, axes in storage order."""
+        found = [in_storage_order(v, self.program.storage)
+                 for w in message.windows for v in views(self.tensor(w.buffer), w)]
+        return Parcel(message.peer, tuple(found))
+
+
+def make_shards(programs: Sequence[Program], devices: Sequence[torch.device], poison: bool = False) -> list[Shard]:
+    """Shards with their weights; ranks on one device share them."""
+    loaded: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for program, device in zip(programs, devices, strict=True):
+        if device not in loaded:
+            loaded[device] = {n: load_weight(t, device, program.storage) for n, t in program.weights.items()}
+    return [Shard(p, d, loaded[d], poison) for p, d in zip(programs, devices, strict=True)]
+
+
+@dataclass
+class Executor:
+    """Runs the shards of this process; the transport reaches the others."""
+
+    shards: Sequence[Shard]
+    transport: Transport
+
+    def run(self, read: Reader, write: Writer, progress: Progress | None = None) -> None:
+        """Run every step once.
+
+        Args:
+            read: fills a tensor with cells of an input.
+            write: takes the cells of an output; called by the ranks that own them, once per cell.
+            progress: called after each step.
+        """
+        count = len(self.shards[0].program.steps)
+        with torch.inference_mode():
+            for index in range(count):
+                steps = [shard.program.steps[index] for shard in self.shards]
+                self._act([step.action for step in steps], read, write)
+                for shard, step in zip(self.shards, steps, strict=True):
+                    for name in step.releases:
+                        shard.buffers.pop(name, None)
+                if progress is not None:
+                    progress(index + 1, count, steps[0].action.name)
+
+    def _act(self, actions: Sequence[Action], read: Reader, write: Writer) -> None:
+        pairs = list(zip(self.shards, actions, strict=True))
+        if isinstance(actions[0], Exchange):
+            self._exchange([(s, a) for s, a in pairs if isinstance(a, Exchange)])
+            return
+        if isinstance(actions[0], AllReduce):
+            self._all_reduce([(s, a) for s, a in pairs if isinstance(a, AllReduce)])
+            return
+        for shard, action in pairs:
+            if isinstance(action, Load):
+                shard.allocate(action.window.buffer)
+                read(shard.program.rank, action.name, action.window, shard.window(action.window))
+            elif isinstance(action, Store) and action.writes:
+                write(shard.program.rank, action.name, action.window, shard.window(action.window))
+            elif isinstance(action, Compute):
+                compute(shard, action)
+
+    def _exchange(self, pairs: Sequence[tuple[Shard, Exchange]]) -> None:
+        jobs: list[Job] = []
+        for shard, action in pairs:
+            if action.target not in shard.buffers:
+                shard.allocate(action.target)
+            if action.keep is not None:
+                source, target = action.keep
+                cells = views(shard.tensor(source.buffer), source)
+                for kept, place in zip(cells, views(shard.tensor(target.buffer), target), strict=True):
+                    place.copy_(kept)
+            jobs.append(Job(shard.program.rank, tuple(map(shard.parcel, action.sends)),
+                            tuple(map(shard.parcel, action.receives))))
+        self.transport.exchange(jobs)
+
+    def _all_reduce(self, pairs: Sequence[tuple[Shard, AllReduce]]) -> None:
+        """Along one mesh axis after the other: gather the group's partials, merge them in rank order."""
+        partials = [[shard.window(w) for w in action.sources] for shard, action in pairs]
+        for stage in range(len(pairs[0][1].groups)):
+            jobs: list[Job] = []
+            inboxes: list[dict[int, list[torch.Tensor]]] = []
+            for (shard, action), mine in zip(pairs, partials, strict=True):
+                dense = [t.contiguous() for t in mine]
+                peers = [r for r in action.groups[stage] if r != shard.program.rank]
+                inbox = {peer: [torch.empty_like(t) for t in dense] for peer in peers}
+                inboxes.append({**inbox, shard.program.rank: dense})
+                jobs.append(Job(shard.program.rank, tuple(Parcel(p, tuple(dense)) for p in peers),
+                                tuple(Parcel(p, tuple(inbox[p])) for p in peers)))
+            self.transport.exchange(jobs)
+            partials = [merge(action.kind, [box[r] for r in action.groups[stage]])
+                        for (_, action), box in zip(pairs, inboxes, strict=True)]
+        for (shard, action), merged in zip(pairs, partials, strict=True):
+            for window, tensor in zip(action.targets, merged, strict=True):
+                shard.buffers[window.buffer] = tensor
+
+
+def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Partial results of a group merged in rank order: sum, max, min or moments."""
+    if kind == "moments":
+        return list(merge_moments([(p[0], p[1], p[2]) for p in parts]))
+    step = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[kind]
+    (result, *rest) = [p[0] for p in parts]
+    for other in rest:
+        result = step(result, other)
+    return [result]
+
+
+def compute(shard: Shard, action: Compute) -> None:
+    """Run one kernel; its result becomes the buffer, or goes into the room that a larger buffer has for it."""
+    outs = tuple(w.box for w in action.writes)
+    if not any(map(bool, outs)):
+        for window in action.writes:
+            shard.allocate(window.buffer)
+        return
+    tensors = tuple(None if w is None else shard.window(w) for w in action.reads)
+    boxes = tuple(None if w is None else w.box for w in action.reads)
+    window = action.writes[0]
+    spec = shard.program.buffers[window.buffer]
+    roomy = spec.box.shape != window.box.shape
+    into = shard.allocate(window.buffer) if roomy else None
+    place = None if into is None else view(into, window)
+    results = action.operator.run(Call(tensors, boxes, outs, place if action.operator.writes_into else None))
+    for target, result in zip(action.writes[1:], results[1:], strict=False):
+        shard.buffers[target.buffer] = result
+    if place is None:
+        shard.buffers[window.buffer] = results[0]
+    elif not action.operator.writes_into:
+        place.copy_(results[0])

@@ -1,0 +1,73 @@
+"""Buffers as torch tensors: storage order, windows into them, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from partitioner.ops.dtypes import torch_dtype
+from runtime.program import BufferSpec, Window
+
+
+def storage_order(storage: str, rank: int) -> tuple[int, ...]:
+    """Axes from outermost to innermost; `channels_last` concerns images and volumes with a channel."""
+    if storage == "channels_last" and rank in (4, 5):
+        return (0, *range(2, rank), 1)
+    return tuple(range(rank))
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, storage: str) -> torch.Tensor:
+    """An empty tensor whose memory is in storage order."""
+    order = storage_order(storage, len(shape))
+    stored = torch.empty([shape[a] for a in order], dtype=dtype, device=device)
+    return stored.permute([order.index(a) for a in range(len(order))])
+
+
+def allocate_buffer(spec: BufferSpec, device: torch.device, storage: str, poison: bool) -> torch.Tensor:
+    """Memory for a buffer; poisoned with NaN where a test wants to see what nobody wrote."""
+    tensor = allocate(spec.box.shape, torch_dtype(spec.dtype), device, storage)
+    if poison and tensor.dtype.is_floating_point:
+        tensor.fill_(float("nan"))
+    return tensor
+
+
+def view(tensor: torch.Tensor, window: Window) -> torch.Tensor:
+    """The cells of a window: a view where every axis is one slice, else a copy."""
+    for axis, slices in enumerate(window.slices):
+        if len(slices) > 1:
+            parts = [tensor.narrow(axis, s.start, s.stop - s.start) for s in slices]
+            tensor = torch.cat(parts, axis)
+        elif slices[0].stop - slices[0].start != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, slices[0].start, slices[0].stop - slices[0].start)
+    return tensor
+
+
+def views(tensor: torch.Tensor, window: Window) -> list[torch.Tensor]:
+    """The cells of a window as views, one per combination of slices, in order."""
+    found = [tensor]
+    for axis, slices in enumerate(window.slices):
+        found = [t.narrow(axis, s.start, s.stop - s.start) for t in found for s in slices]
+    return found
+
+
+def in_storage_order(tensor: torch.Tensor, storage: str) -> torch.Tensor:
+    """The same view with its axes from outermost to innermost."""
+    return tensor.permute(storage_order(storage, tensor.dim()))
+
+
+def load_weight(tensor: ir.TensorProtocol, device: torch.device, storage: str) -> torch.Tensor:
+    """A weight on its device, in storage order."""
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        bits = np.array(tensor.numpy().view(np.int16), copy=True)
+        found = torch.from_numpy(bits).view(torch.bfloat16)
+    else:
+        found = torch.from_numpy(np.array(tensor.numpy(), copy=True)).to(torch_dtype(tensor.dtype))
+    found = found.to(device)
+    if storage == "channels_last" and found.dim() == 4:
+        return found.contiguous(memory_format=torch.channels_last)
+    if storage == "channels_last" and found.dim() == 5:
+        return found.contiguous(memory_format=torch.channels_last_3d)
+    return found

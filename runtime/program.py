@@ -1,0 +1,234 @@
+"""One rank's part of a plan: steps over buffers, every cell named in advance.
+
+    plan (an ONNX graph, all ranks)  --localise(rank)-->  program
+
+A step is a node and the interval of its output that is computed; whole-shard execution has one step per
+node.  Windows are slices of buffers; buffers are released after the last step that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.exchange import plan_exchange
+from partitioner.geometry import Box, local_slices
+from partitioner.lifetime import Lifetimes, find_lifetimes
+from partitioner.mesh import Mesh
+from partitioner.ops.base import Operator
+from partitioner.ops.nodes import input_box, operator_of
+
+Slices = tuple[tuple[slice, ...], ...]
+"""Per axis the slices of a buffer, in order; several where the wanted cells do not lie side by side."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The cells `box` of a value, and where they lie in the buffer that holds it."""
+
+    buffer: str
+    box: Box
+    slices: Slices
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every axis is one slice, so that the window is a view."""
+        return all(len(axis) == 1 for axis in self.slices)
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """Memory to allocate: the cells it has room for."""
+
+    name: str
+    box: Box
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True)
+class Load:
+    """Read this rank's part of an input of the model into its buffer."""
+
+    name: str
+    window: Window
+
+
+@dataclass(frozen=True)
+class Store:
+    """Hand this rank's part of an output of the model out; `writes` tells whether this rank is its writer."""
+
+    name: str
+    window: Window
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Run an operator's kernel on windows; None for inputs that are not given."""
+
+    name: str
+    operator: Operator
+    reads: tuple[Window | None, ...]
+    writes: tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What goes to or comes from one peer in one step."""
+
+    peer: int
+    windows: tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bring a value to another layout; `keep` pairs what is copied locally (none in a shared buffer)."""
+
+    name: str
+    source: Window
+    target: str
+    keep: tuple[Window, Window] | None
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """Merge partial results over groups of ranks, one mesh axis after the other, in rank order."""
+
+    name: str
+    kind: str
+    sources: tuple[Window, ...]
+    targets: tuple[Window, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+
+Action = Load | Store | Compute | Exchange | AllReduce
+
+
+@dataclass(frozen=True)
+class Step:
+    """An action, the buffers that it brings into being, and those that nobody reads after it."""
+
+    action: Action
+    allocates: tuple[str, ...]
+    releases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything one rank does; all ranks have the same steps in the same order."""
+
+    rank: int
+    mesh: Mesh
+    storage: str
+    buffers: dict[str, BufferSpec]
+    weights: dict[str, ir.TensorProtocol]
+    steps: tuple[Step, ...]
+
+
+def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None) -> Program:
+    """The program of one rank of a plan; the cost grows with the graph, not with the mesh."""
+    return _Localiser(model, rank, lifetimes or find_lifetimes(model)).program()
+
+
+class _Localiser:
+    def __init__(self, model: ir.Model, rank: int, lifetimes: Lifetimes) -> None:
+        self.model = model
+        self.rank = rank
+        self.mesh = dialect.get_mesh(model)
+        self.here = self.mesh.coordinates(rank)
+        self.lifetimes = lifetimes
+        self.boxes = {b.name: b.layout.box(self.here) for b in lifetimes.buffers.values()}
+        self.weights = {str(v.name): v.const_value for v in model.graph.initializers.values()
+                        if v.const_value is not None and v.uses()}
+
+    def program(self) -> Program:
+        specs = {b.name: BufferSpec(b.name, self.boxes[b.name], b.dtype) for b in self.lifetimes.buffers.values()}
+        return Program(self.rank, self.mesh, dialect.get_storage(self.model), specs, self.weights, tuple(self._steps()))
+
+    def _steps(self) -> Iterator[Step]:
+        born: dict[int, list[str]] = {}
+        dies: dict[int, list[str]] = {}
+        for buffer in self.lifetimes.buffers.values():
+            born.setdefault(buffer.born, []).append(buffer.name)
+            dies.setdefault(buffer.dies, []).append(buffer.name)
+        inputs = {self.lifetimes.buffer_of[str(v.name)]: v for v in self.model.graph.inputs}
+        outputs = {v for v in self.model.graph.outputs}
+        for index, node in enumerate(self.model.graph):
+            fresh = born.get(index, [])
+            for name in [n for n in fresh if n in inputs]:
+                value = inputs[name]
+                yield Step(Load(str(value.name), self._window(value)), (name,), ())
+                if value in outputs:
+                    yield self._store(value)
+            leaving = [value for value in node.outputs if value in outputs]
+            over = tuple(dies.get(index, ()))
+            yield Step(self._action(node), tuple(n for n in fresh if n not in inputs), () if leaving else over)
+            for value in leaving:
+                yield self._store(value, over if value is leaving[-1] else ())
+
+    def _store(self, value: ir.Value, releases: tuple[str, ...] = ()) -> Step:
+        layout = dialect.get_layout(value)
+        first = all(self.here[name] == 0 for name in self.mesh.names if name not in layout.mesh_axes)
+        return Step(Store(str(value.name), self._window(value), first), (), releases)
+
+    def _window(self, value: ir.Value, box: Box | None = None) -> Window:
+        """Cells of a value in its buffer; all that this rank owns unless a box is given."""
+        name = str(value.name)
+        if name in self.weights:
+            whole = Box.whole(dialect.shape_of(value))
+            return _place(name, whole, whole if box is None else box)
+        buffer = self.lifetimes.buffer_of[name]
+        owned = dialect.get_layout(value).box(self.here)
+        held = self.boxes[buffer] if self.lifetimes.buffers[buffer].base is None else owned
+        return _place(buffer, held, owned if box is None else box)
+
+    def _action(self, node: ir.Node) -> Action:
+        if dialect.is_exchange(node):
+            return self._exchange(node)
+        if dialect.is_all_reduce(node):
+            return self._all_reduce(node)
+        outs = tuple(dialect.get_layout(v).box(self.here) for v in node.outputs)
+        reads: list[Window | None] = []
+        for index, value in enumerate(node.inputs):
+            owned = None if value is None else dialect.get_layout(value).box(self.here)
+            box = None if owned is None else input_box(node, index, outs, owned)
+            reads.append(None if box is None or value is None else self._window(value, box))
+        writes = tuple(self._window(v) for v in node.outputs)
+        return Compute(str(node.name), operator_of(node), tuple(reads), writes)
+
+    def _exchange(self, node: ir.Node) -> Exchange:
+        source, target = node.inputs[0], node.outputs[0]
+        assert source is not None
+        plan = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target))
+        part = plan.for_rank(self.rank)
+        shared = self.lifetimes.buffer_of[str(source.name)] == self.lifetimes.buffer_of[str(target.name)]
+        keep = None if shared or not part.keep else (self._window(source, part.keep), self._window(target, part.keep))
+        return Exchange(
+            str(node.name), self._window(source), self.lifetimes.buffer_of[str(target.name)], keep,
+            tuple(Message(t.target, (self._window(source, t.box),)) for t in part.sends),
+            tuple(Message(t.source, (self._window(target, t.box),)) for t in part.receives),
+        )
+
+    def _all_reduce(self, node: ir.Node) -> AllReduce:
+        kind, names = dialect.all_reduce_kind(node)
+        sources = tuple(self._window(v) for v in node.inputs if v is not None)
+        targets = tuple(self._window(v) for v in node.outputs)
+        groups = tuple(reduction_group(self.mesh, self.rank, name) for name in names)
+        return AllReduce(str(node.name), kind, sources, targets, groups)
+
+
+def reduction_group(mesh: Mesh, rank: int, name: str) -> tuple[int, ...]:
+    """The ranks that differ from this one along one mesh axis only, itself included, in order."""
+    here = mesh.coordinates(rank)
+    return tuple(mesh.rank({**here, name: i}) for i in range(mesh.count(name)))
+
+
+def _place(buffer: str, held: Box, wanted: Box) -> Window:
+    slices = tuple(local_slices(h, w) or (slice(0, 0),) for h, w in zip(held.axes, wanted.axes, strict=True))
+    return Window(buffer, wanted, slices)
+

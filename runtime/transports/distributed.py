@@ -1,0 +1,108 @@
+"""One rank per process, over torch.distributed: gloo or NCCL, on one host or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from partitioner.errors import ExecutionError
+from runtime.transports.base import Job, Parcel, Traffic
+
+
+@dataclass
+class _Wire:
+    """A parcel as one flat buffer of bytes; `unpack` tells whether it must be copied to its views."""
+
+    parcel: Parcel
+    flat: torch.Tensor
+    unpack: bool
+
+
+class Distributed:
+    """Point-to-point messages of a process group that is already initialised.
+
+    A dense view travels as it is; others are packed into one buffer per message.  Gloo moves host
+    memory only, so that GPU tensors pass through pinned buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.ranks = (dist.get_rank(),)
+        self.traffic = Traffic()
+        self._staged = device.type != "cpu" and dist.get_backend() == "gloo"
+        self._batched = dist.get_backend() == "nccl"
+
+    def exchange(self, jobs: Sequence[Job]) -> None:
+        """Send and receive all parcels of one step; see `Transport`."""
+        (job,) = jobs
+        incoming = [self._inbound(parcel) for parcel in job.receives]
+        outgoing = [self._outbound(parcel) for parcel in job.sends]
+        if self._staged:
+            torch.cuda.current_stream().synchronize()
+        try:
+            self._transfer(incoming, outgoing)
+        except RuntimeError as error:
+            peers = sorted({w.parcel.peer for w in (*incoming, *outgoing)})
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise ExecutionError(f"rank {job.rank}: the exchange with ranks {peers} failed ({reason[:160]}); "
+                                 "see the other ranks' messages for the first failure") from None
+        for wire in outgoing:
+            self.traffic.count(job.rank, wire.parcel.nbytes)
+        for wire in incoming:
+            if wire.unpack:
+                _scatter(wire.flat, wire.parcel)
+
+    def _transfer(self, incoming: Sequence[_Wire], outgoing: Sequence[_Wire]) -> None:
+        if self._batched:
+            operations = [dist.P2POp(dist.irecv, w.flat, w.parcel.peer) for w in incoming]
+            operations += [dist.P2POp(dist.isend, w.flat, w.parcel.peer) for w in outgoing]
+            works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+        else:
+            works = [dist.irecv(w.flat, w.parcel.peer) for w in incoming]
+            works += [dist.isend(w.flat, w.parcel.peer) for w in outgoing]
+        for work in works:
+            work.wait()
+
+    def _inbound(self, parcel: Parcel) -> _Wire:
+        dense = None if self._staged else _as_bytes(parcel)
+        if dense is not None:
+            return _Wire(parcel, dense, unpack=False)
+        device = "cpu" if self._staged else parcel.views[0].device
+        flat = torch.empty(parcel.nbytes, dtype=torch.uint8, device=device, pin_memory=self._staged)
+        return _Wire(parcel, flat, unpack=True)
+
+    def _outbound(self, parcel: Parcel) -> _Wire:
+        dense = None if self._staged else _as_bytes(parcel)
+        if dense is not None:
+            return _Wire(parcel, dense, unpack=False)
+        device = "cpu" if self._staged else parcel.views[0].device
+        flat = torch.empty(parcel.nbytes, dtype=torch.uint8, device=device, pin_memory=self._staged)
+        for view, part in _pieces(flat, parcel):
+            part.copy_(view, non_blocking=True)
+        return _Wire(parcel, flat, unpack=False)
+
+
+def _as_bytes(parcel: Parcel) -> torch.Tensor | None:
+    """The memory of a parcel's only view when it is dense in storage order."""
+    if len(parcel.views) != 1 or not parcel.views[0].is_contiguous():
+        return None
+    return parcel.views[0].view(-1).view(torch.uint8)
+
+
+def _pieces(flat: torch.Tensor, parcel: Parcel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every view with the part of the flat buffer that has its elements."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    position = 0
+    for view in sorted(parcel.views, key=lambda v: -v.element_size()):  # wide types first keep them aligned
+        size = view.numel() * view.element_size()
+        found.append((view, flat[position : position + size].view(view.dtype).view(view.shape)))
+        position += size
+    return found
+
+
+def _scatter(flat: torch.Tensor, parcel: Parcel) -> None:
+    for view, part in _pieces(flat, parcel):
+        view.copy_(part)
