@@ -44,7 +44,8 @@ class UNetConfig:
     """A U-Net: `levels` resolutions, `base` filters at the finest, doubled at each coarser one.
 
     `down` is a strided first convolution or a max pool of 2; `up` a transposed convolution of 2, cropped or
-    zero-padded to its skip's extent, or a linear resize to that extent.
+    zero-padded to its skip's extent, or a linear resize to that extent.  `window` (centre, width) squeezes
+    the input as a CT window does: tanh((volume - centre) / width).
     """
 
     dims: int = 3
@@ -55,6 +56,7 @@ class UNetConfig:
     norm: Norm = "instance"
     down: Down = "stride"
     up: Up = "transpose"
+    window: tuple[float, float] | None = None
     seed: int = 0
 
     def build(self) -> UNet:
@@ -90,6 +92,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         c = config
+        self.window = c.window
         filters = [c.base << level for level in range(c.levels)]
         stride = 2 if c.down == "stride" else 1
         self.encoder = nn.ModuleList(
@@ -106,7 +109,7 @@ class UNet(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         """Logits of the volume's extents."""
         skips: list[Tensor] = []
-        x = volume
+        x = volume if self.window is None else torch.tanh((volume - self.window[0]) / self.window[1])
         for level, block in enumerate(self.encoder):
             x = block(self.pool(x) if level else x)
             skips.append(x)

@@ -85,8 +85,10 @@ def phantom(shape: Sequence[int] = DEFAULT_SHAPE, seed: int = 0) -> Phantom:
     return Phantom(np.rint(values, out=values).astype(np.int16), classes)
 
 
-def write_nifti(scan: Phantom, path: str | os.PathLike[str]) -> Path:
-    """Write the Hounsfield units as .nii or .nii.gz, with the affine, and leave no half-written file behind.
+def write_nifti(
+    voxels: NDArray[np.generic], affine: NDArray[np.float64], path: str | os.PathLike[str]
+) -> Path:
+    """Write voxels (depth, height, width) as .nii or .nii.gz, and leave no half-written file behind.
 
     Raises:
         ImportError: without nibabel.
@@ -100,9 +102,8 @@ def write_nifti(scan: Phantom, path: str | os.PathLike[str]) -> Path:
     if suffix is None:
         raise ValueError(f"{target}: a NIfTI file ends in .nii or .nii.gz")
     target.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(scan.hounsfield, scan.affine)  # pyright: ignore[reportPrivateImportUsage]
+    image = nibabel.Nifti1Image(voxels, affine)  # pyright: ignore[reportPrivateImportUsage]
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"CT-like phantom, Hounsfield units"
     beside = target.with_name(f".{uuid.uuid4().hex}{suffix}")
     try:
         image.to_filename(beside)

@@ -154,6 +154,21 @@ def save_model(model: ir.Model, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside and rename.
+
+    Raises:
+        PartitionError: when the path cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PartitionError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+
+
 def _inline(model: ir.Model) -> None:
     """Bring mapped weights into memory, so that the file stands alone."""
     for value in model.graph.initializers.values():

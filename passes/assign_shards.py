@@ -69,30 +69,33 @@ class AssignShards(Pass):
 def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[str, list[AxisLayout | None]]:
     """How the inputs' batch and spatial axes lie on the mesh.
 
+    The user's cuts hold for the inputs of their extent, other inputs get even ones; an axis of one cell
+    beside longer ones (a vector that is broadcast) is not split.
+
     Raises:
         PartitionError: when an axis of the mesh finds no axis to split, or has more ranks than there are cells.
     """
     problems: list[str] = []
-    used: set[str] = set()
-    seeds: dict[str, list[AxisLayout | None]] = {}
-    for value in model.graph.inputs:
-        shape = dialect.shape_of(value)
-        seeds[str(value.name)] = [None] * len(shape)
-        for axis, name in _named_axes(len(shape)):
-            if mesh.count(name) == 1:
-                continue
-            used.add(name)
-            chosen = cuts.get(name) or even_cuts(shape[axis], mesh.count(name))
-            problem = _cuts_problem(str(value.name), axis, shape[axis], name, mesh.count(name), chosen)
+    seeds: dict[str, list[AxisLayout | None]] = {
+        str(v.name): [None] * len(dialect.shape_of(v)) for v in model.graph.inputs}
+    for name, count in mesh.axes:
+        if count == 1:
+            continue
+        places = [(str(v.name), axis, dialect.shape_of(v)[axis]) for v in model.graph.inputs
+                  for axis, found in _named_axes(len(dialect.shape_of(v))) if found == name]
+        if not places:
+            ranks = ", ".join(f"{v.name} {list(dialect.shape_of(v))}" for v in model.graph.inputs)
+            problems.append(f"mesh axis {name}={count}: no input has such an axis ({ranks}); "
+                            f"use the axes {', '.join(_all_names(model)) or 'of another model'}")
+        given = cuts.get(name)
+        for value, axis, n in [p for p in places if p[2] > 1] or places:
+            fits = given is not None and (given[-1:] == (n,) or all(given[-1:] != (m,) for _, _, m in places))
+            chosen = given if given is not None and fits else even_cuts(n, count)
+            problem = _cuts_problem(value, axis, n, name, count, chosen)
             if problem is None:
-                seeds[str(value.name)][axis] = AxisLayout.from_cuts(name, chosen)
+                seeds[value][axis] = AxisLayout.from_cuts(name, chosen)
             else:
                 problems.append(problem)
-    for name in mesh.names:
-        if mesh.count(name) > 1 and name not in used:
-            ranks = ", ".join(f"{v.name} {list(dialect.shape_of(v))}" for v in model.graph.inputs)
-            problems.append(f"mesh axis {name}={mesh.count(name)}: no input has such an axis ({ranks}); "
-                            f"use the axes {', '.join(_all_names(model)) or 'of another model'}")
     for name in cuts:
         if mesh.count(name) == 1:
             problems.append(f"cuts of {name}: the mesh does not split that axis; add {name}=N to the mesh")

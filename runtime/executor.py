@@ -12,15 +12,10 @@ import torch
 
 from partitioner.ops.base import Call
 from partitioner.ops.moments import merge_moments
+from runtime.feeds import Drain, Feed, Portion
 from runtime.memory import allocate_buffer, in_storage_order, load_weight, view, views
 from runtime.program import Action, AllReduce, Compute, Exchange, Load, Message, Program, Store, Window
 from runtime.transports import Job, Parcel, Transport
-
-Reader = Callable[[int, str, Window, torch.Tensor], None]
-"""(rank, input, window, tensor): fill the tensor with the window's cells of the input."""
-
-Writer = Callable[[int, str, Window, torch.Tensor], None]
-"""(rank, output, window, tensor): take the window's cells of the output."""
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, name of the step)."""
@@ -51,6 +46,12 @@ class Shard:
         """The cells of a window."""
         return view(self.tensor(window.buffer), window)
 
+    def portion(self, window: Window, fresh: bool = False) -> Portion:
+        """The cells of an input (its buffer is brought into being) or of an output."""
+        if fresh:
+            self.allocate(window.buffer)
+        return Portion(self.program.rank, window.box, self.window(window))
+
     def parcel(self, message: Message) -> Parcel:
         """A message's cells, axes in storage order."""
         found = [in_storage_order(v, self.program.storage)
@@ -74,26 +75,26 @@ class Executor:
     shards: Sequence[Shard]
     transport: Transport
 
-    def run(self, read: Reader, write: Writer, progress: Progress | None = None) -> None:
+    def run(self, feed: Feed, drain: Drain, progress: Progress | None = None) -> None:
         """Run every step once.
 
         Args:
-            read: fills a tensor with cells of an input.
-            write: takes the cells of an output; called by the ranks that own them, once per cell.
+            feed: where the inputs come from.
+            drain: where the outputs go.
             progress: called after each step.
         """
         count = len(self.shards[0].program.steps)
         with torch.inference_mode():
             for index in range(count):
                 steps = [shard.program.steps[index] for shard in self.shards]
-                self._act([step.action for step in steps], read, write)
+                self._act([step.action for step in steps], feed, drain)
                 for shard, step in zip(self.shards, steps, strict=True):
                     for name in step.releases:
                         shard.buffers.pop(name, None)
                 if progress is not None:
                     progress(index + 1, count, steps[0].action.name)
 
-    def _act(self, actions: Sequence[Action], read: Reader, write: Writer) -> None:
+    def _act(self, actions: Sequence[Action], feed: Feed, drain: Drain) -> None:
         pairs = list(zip(self.shards, actions, strict=True))
         if isinstance(actions[0], Exchange):
             self._exchange([(s, a) for s, a in pairs if isinstance(a, Exchange)])
@@ -101,12 +102,13 @@ class Executor:
         if isinstance(actions[0], AllReduce):
             self._all_reduce([(s, a) for s, a in pairs if isinstance(a, AllReduce)])
             return
+        if isinstance(actions[0], Load):
+            portions = [shard.portion(a.window, fresh=True) for shard, a in pairs if isinstance(a, Load)]
+            feed.load(actions[0].name, portions)
+            return
         for shard, action in pairs:
-            if isinstance(action, Load):
-                shard.allocate(action.window.buffer)
-                read(shard.program.rank, action.name, action.window, shard.window(action.window))
-            elif isinstance(action, Store) and action.writes:
-                write(shard.program.rank, action.name, action.window, shard.window(action.window))
+            if isinstance(action, Store) and action.writes and action.window.box:
+                drain.store(action.name, shard.portion(action.window))
             elif isinstance(action, Compute):
                 compute(shard, action)
 

@@ -191,6 +191,8 @@ class Example:
         inputs: per input a shape (random data) or an array (a constant), or None (not given).
         opset: the opset that the node is written in.
         outputs: how many outputs the node has.
+        between: the range of random floating-point data.
+        dtype: the element type of random data; float32 stands for any floating-point type.
     """
 
     op_type: str
@@ -198,7 +200,8 @@ class Example:
     attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     opset: int = 18
     outputs: int = 1
-    positive: bool = False
+    between: tuple[float, float] = (-2.0, 2.0)
+    dtype: ir.DataType = ir.DataType.FLOAT
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
 from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported, whole
+from partitioner.ops.convolve import Geometry, convolve
 from partitioner.ops.registry import register
 from partitioner.ops.windows import (
     crop_outputs,
@@ -82,27 +83,26 @@ class Conv(Operator):
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True)]
         data = pad_explicitly(call.tensor(0), borders, 0.0)
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(outs) - 1]
-        result = convolve(
-            data, call.tensor(1), call.optional(2),
+        result = convolve(data, call.tensor(1), call.optional(2), Geometry(
             stride=[w.stride for w in self.windows],
             padding=[b.kernel_pad for b in borders],
             dilation=[w.dilation for w in self.windows],
             groups=self.group,
-        )
+        ))
         return (crop_outputs(result, borders, outs),)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
         name, box = names[0], boxes[0]
-        assert box is not None and name is not None
+        assert box is not None
         pairs = [
             local_padding(w, h, o)
             for w, h, o in zip(self.windows, box.intervals()[2:], outs[0].intervals()[2:], strict=True)
         ]
         pads = [lo for lo, _ in pairs] + [hi for _, hi in pairs]
-        if not all(box.shape):
-            name = emitter.pad(name, [0, 0, *(lo for lo, _ in pairs)], [0, 0, *(hi for _, hi in pairs)])
+        if name is None:  # every window lies wholly in the padding
+            extents = [n + lo + hi for n, (lo, hi) in zip(box.shape[2:], pairs, strict=True)]
+            name = emitter.zeros([*box.shape[:2], *extents], self.outputs[0].dtype)
             pads = [0] * len(pads)
         return emitter.same([name, *names[1:]], 1, {"pads": pads}, drop=("auto_pad",))
 
@@ -164,13 +164,10 @@ class ConvTranspose(Operator):
         padding = [min(lo, hi) if min(lo, hi) > 0 else 0 for lo, hi in spans]
         spans = [(lo - p, hi - p) for (lo, hi), p in zip(spans, padding, strict=True)]
         complete = all(lo >= 0 and hi >= 0 for lo, hi in spans)
-        convolve = (functional.conv_transpose1d, functional.conv_transpose2d,
-                    functional.conv_transpose3d)[len(spans) - 1]
-        result = convolve(
-            data, weight, bias if complete else None,
+        result = convolve(data, weight, bias if complete else None, Geometry(
             stride=[w.stride for w in self.windows], padding=padding,
-            groups=self.group, dilation=[w.dilation for w in self.windows],
-        )
+            dilation=[w.dilation for w in self.windows], groups=self.group,
+        ), transposed=True)
         for axis, (lo, hi) in enumerate(spans):
             keep = result.shape[axis + 2] - max(lo, 0) - max(hi, 0)
             result = result.narrow(axis + 2, max(lo, 0), keep)

@@ -10,23 +10,84 @@ import onnx_ir as ir
 
 from partitioner.ops.base import Array
 
+Spans = Mapping[int, tuple[int, int]]
+"""Per axis the first cell and the one after the last."""
 
-class Emitter:
-    """Collects nodes of the expanded graph; values are addressed by name.
+
+class Scope:
+    """One graph in the making: its nodes in order, its values by name, constants shared by content.
 
     Args:
-        node: the node whose local form is written.
         opset: opset version of the default domain.
-        prefix: makes the names of new values unique.
     """
 
-    def __init__(self, node: ir.Node, opset: int, prefix: str) -> None:
-        self.node = node
+    def __init__(self, opset: int) -> None:
         self.opset = opset
-        self.prefix = prefix
         self.nodes: list[ir.Node] = []
         self.values: dict[str, ir.Value] = {}
-        self.constants: dict[str, Array] = {}
+        self.initializers: list[ir.Value] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def add(self, value: ir.Value) -> str:
+        """Take in a value of the graph's own (an input, a weight) under its name; returns the name."""
+        name = str(value.name)
+        self.values[name] = value
+        return name
+
+    def weight(self, value: ir.Value) -> str:
+        """A constant of the model, shared with it; returns its name."""
+        name = str(value.name)
+        if name not in self.values:
+            self.initializers.append(
+                ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value))
+            self.add(self.initializers[-1])
+        return name
+
+    def constant(self, array: Array) -> str:
+        """A constant; equal ones are one; returns its name."""
+        array = np.ascontiguousarray(array).reshape(np.shape(array))
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self.fresh(f"constant/{len(self._constants)}")
+            tensor = ir.tensor(array, name=name)
+            self.initializers.append(ir.Value(name=name, shape=ir.Shape(array.shape),
+                                              type=ir.TensorType(tensor.dtype), const_value=tensor))
+            self._constants[key] = self.add(self.initializers[-1])
+        return self._constants[key]
+
+    def fresh(self, wish: str) -> str:
+        """A name that no value has yet: the wish itself, or with a number after it."""
+        name, count = wish, 1
+        while name in self.values:
+            name, count = f"{wish}_{count}", count + 1
+        return name
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a value another name."""
+        value = self.values.pop(old)
+        value.name = new
+        self.add(value)
+
+
+class Emitter:
+    """Adds nodes to a scope; values are addressed by name.
+
+    Args:
+        scope: the graph that the nodes go to.
+        prefix: begins the names of new nodes and values; different for every emitter of a scope.
+        node: the node of the plan whose local form is written, if it is one.
+    """
+
+    def __init__(self, scope: Scope, prefix: str, node: ir.Node | None = None) -> None:
+        self.scope = scope
+        self.prefix = prefix
+        self.node = node
+        self.nodes: list[ir.Node] = []
+
+    @property
+    def opset(self) -> int:
+        """Opset version of the default domain."""
+        return self.scope.opset
 
     def same(self, names: Sequence[str | None], outputs: int,
              attributes: Mapping[str, Any] | None = None, drop: Sequence[str] = ()) -> tuple[str, ...]:
@@ -34,23 +95,25 @@ class Emitter:
 
         Inputs that `read` consumed (None in `names`) keep the value they have in the model.
         """
+        assert self.node is not None
         kept = {a.name: a for a in self.node.attributes.values() if a.name not in drop}
-        replaced = {a.name: a for a in ir.convenience.convert_attributes(attributes or {})}
         inputs = [self._input(name, i) for i, name in enumerate(names)]
-        return self._add(self.node.domain, self.node.op_type, inputs, {**kept, **replaced}, outputs)
+        return self._add(self.node.domain, self.node.op_type, inputs, {**kept, **_attributes(attributes)}, outputs)
 
     def op(self, op_type: str, names: Sequence[str | None], attributes: Mapping[str, Any] | None = None,
            outputs: int = 1, domain: str = "") -> str:
         """A new node; returns its first output's name."""
-        inputs = [None if name is None else self.value(name) for name in names]
-        attrs = {a.name: a for a in ir.convenience.convert_attributes(attributes or {})}
-        return self._add(domain, op_type, inputs, attrs, outputs)[0]
+        return self.call(op_type, names, attributes, outputs, domain)[0]
 
-    def constant(self, array: Array, hint: str = "const") -> str:
+    def call(self, op_type: str, names: Sequence[str | None], attributes: Mapping[str, Any] | None = None,
+             outputs: int = 1, domain: str = "") -> tuple[str, ...]:
+        """A new node; returns the names of its outputs."""
+        inputs = [None if name is None else self.scope.values[name] for name in names]
+        return self._add(domain, op_type, inputs, _attributes(attributes), outputs)
+
+    def constant(self, array: Array) -> str:
         """A constant; returns its name."""
-        name = f"{self.prefix}/{hint}{len(self.constants)}"
-        self.constants[name] = np.asarray(array)
-        return name
+        return self.scope.constant(np.asarray(array))
 
     def integers(self, values: Sequence[int]) -> str:
         """A 1D int64 constant; returns its name."""
@@ -58,9 +121,16 @@ class Emitter:
 
     def slice(self, name: str, axis: int, start: int, stop: int) -> str:
         """Cells [start, stop) of a local tensor along an axis."""
+        return self.crop(name, {axis: (start, stop)})
+
+    def crop(self, name: str, spans: Spans) -> str:
+        """Cells [start, stop) along several axes; the tensor itself when none is given."""
+        if not spans:
+            return name
+        axes, starts, stops = list(spans), [a for a, _ in spans.values()], [b for _, b in spans.values()]
         if self.opset < 10:
-            return self.op("Slice", [name], {"axes": [axis], "starts": [start], "ends": [stop]})
-        return self.op("Slice", [name, *(self.integers([v]) for v in (start, stop, axis))])
+            return self.op("Slice", [name], {"axes": axes, "starts": starts, "ends": stops})
+        return self.op("Slice", [name, *(self.integers(v) for v in (starts, stops, axes))])
 
     def pad(self, name: str, lo: Sequence[int], hi: Sequence[int], fill: Array | None = None) -> str:
         """Constant cells before and after every axis; zeros unless `fill` is given."""
@@ -76,7 +146,13 @@ class Emitter:
 
     def zeros(self, shape: Sequence[int], dtype: ir.DataType) -> str:
         """A tensor of zeros."""
-        return self.op("Expand", [self.constant(np.zeros((), dtype.numpy())), self.integers(shape)])
+        return self.full(shape, 0.0, dtype)
+
+    def full(self, shape: Sequence[int], value: float, dtype: ir.DataType) -> str:
+        """A tensor of one value."""
+        if self.opset < 8:
+            return self.op("Identity", [self.constant(np.full(tuple(shape), value, dtype.numpy()))])
+        return self.op("Expand", [self.constant(np.asarray(value, dtype.numpy())), self.integers(shape)])
 
     def concat(self, names: Sequence[str], axis: int) -> str:
         """Tensors side by side."""
@@ -89,25 +165,30 @@ class Emitter:
             return self.op(op_type, [name], {"axes": list(axes), "keepdims": int(keepdims)})
         return self.op(op_type, [name, self.integers(axes)], {"keepdims": int(keepdims)})
 
-    def value(self, name: str) -> ir.Value:
-        """The value of this name, made when it is new."""
-        return self.values.setdefault(name, ir.Value(name=name))
+    def name_main(self, name: str) -> None:
+        """Give the node that does the work (of the plan's own type, else the last one) a name of its own."""
+        wanted = self.node.op_type if self.node is not None else ""
+        main = next((n for n in reversed(self.nodes) if n.op_type.startswith(wanted)), self.nodes[-1])
+        main.name = name
 
     def _input(self, name: str | None, index: int) -> ir.Value | None:
         if name is not None:
-            return self.value(name)
+            return self.scope.values[name]
+        assert self.node is not None
         original = self.node.inputs[index]
         if original is None:
             return None
-        const = original.const_value
-        assert const is not None and original.name is not None
-        self.constants[original.name] = const.numpy()
-        return self.value(original.name)
+        assert original.const_value is not None, f"{self.node.name}: input {index} holds no cell here"
+        return self.scope.values[self.scope.weight(original)]
 
     def _add(self, domain: str, op_type: str, inputs: Sequence[ir.Value | None],
              attributes: Mapping[str, ir.Attr], outputs: int) -> tuple[str, ...]:
-        names = [f"{self.prefix}/{op_type}{len(self.nodes)}_{i}" for i in range(outputs)]
-        node = ir.Node(domain, op_type, inputs, list(attributes.values()),
-                       outputs=[self.value(name) for name in names], name=f"{self.prefix}/{op_type}{len(self.nodes)}")
-        self.nodes.append(node)
-        return tuple(names)
+        name = f"{self.prefix}{op_type}{len(self.nodes)}"
+        values = [ir.Value(name=self.scope.fresh(name if i == 0 else f"{name}.{i}")) for i in range(outputs)]
+        self.nodes.append(ir.Node(domain, op_type, inputs, list(attributes.values()), outputs=values, name=name))
+        self.scope.nodes.append(self.nodes[-1])
+        return tuple(self.scope.add(value) for value in values)
+
+
+def _attributes(given: Mapping[str, Any] | None) -> dict[str, ir.Attr]:
+    return {a.name: a for a in ir.convenience.convert_attributes(given or {})}

@@ -51,8 +51,8 @@ class BatchNormalization(Operator):
 
     op_types: ClassVar[tuple[str, ...]] = ("BatchNormalization",)
     examples: ClassVar[tuple[Example, ...]] = (
-        Example("BatchNormalization", ((2, 3, 7, 5), (3,), (3,), (3,), (3,)), {"epsilon": 1e-3}, positive=True),
-        Example("BatchNormalization", ((1, 2, 7, 5, 3), (2,), (2,), (2,), (2,)), positive=True),
+        Example("BatchNormalization", ((2, 3, 7, 5), (3,), (3,), (3,), (3,)), {"epsilon": 1e-3}, between=(0.1, 2.0)),
+        Example("BatchNormalization", ((1, 2, 7, 5, 3), (2,), (2,), (2,), (2,)), between=(0.1, 2.0)),
     )
 
     epsilon: float

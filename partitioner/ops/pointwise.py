@@ -183,8 +183,8 @@ class Pointwise(Operator):
         Example("HardSwish", ((2, 1, 11),)),
         Example("Tanh", ((1, 1, 3, 5, 4),)),
         Example("Erf", ((1, 1, 3, 5, 4),)),
-        Example("Log", ((1, 1, 3, 5, 4),), positive=True),
-        Example("Sqrt", ((1, 1, 3, 5, 4),), positive=True),
+        Example("Log", ((1, 1, 3, 5, 4),), between=(0.1, 2.0)),
+        Example("Sqrt", ((1, 1, 3, 5, 4),), between=(0.1, 2.0)),
         Example("Clip", ((1, 2, 9), np.float32(-0.3), np.float32(0.4)), opset=13),
         Example("Clip", ((1, 2, 9),), {"min": -0.3, "max": 0.4}, opset=10),
         Example("Gelu", ((1, 2, 9),), {"approximate": "tanh"}, opset=20),
@@ -194,14 +194,32 @@ class Pointwise(Operator):
         Example("Add", ((1, 2, 5, 7), (1, 2, 5, 7))),
         Example("Sub", ((2, 3, 5, 7), (5, 1))),
         Example("Mul", ((2, 3, 5, 7), (1, 3, 1, 1))),
-        Example("Div", ((3, 1, 7), (2, 3, 5, 7)), positive=True),
-        Example("Pow", ((2, 3, 5), np.float32(2.0)), positive=True),
+        Example("Div", ((3, 1, 7), (2, 3, 5, 7)), between=(0.1, 2.0)),
+        Example("Pow", ((2, 3, 5), np.float32(2.0)), between=(0.1, 2.0)),
         Example("Min", ((2, 3, 5), (3, 5), (2, 1, 1))),
         Example("Max", ((2, 3, 5), (3, 5), (2, 1, 1))),
         Example("Sum", ((2, 3, 5), (3, 5))),
         Example("Mean", ((2, 3, 5), (3, 5))),
         Example("PRelu", ((2, 3, 5, 6), np.full((3, 1, 1), 0.3, np.float32)), opset=16),
-        Example("Greater", ((2, 3, 5), (3, 5))),
+        Example("PRelu", ((2, 3, 5, 6), (6,)), opset=9),
+        Example("Clip", ((1, 2, 9), None, np.float32(0.4)), opset=13),
+        Example("Dropout", ((1, 2, 9),), opset=13, outputs=2),
+        Example("Gelu", ((1, 2, 9),), opset=20),
+        Example("Mod", ((2, 3, 5), (3, 1)), {"fmod": 1}, between=(0.5, 9.0)),
+        Example("Mod", ((2, 3, 5), (3, 5)), dtype=ir.DataType.INT32),
+        Example("Div", ((2, 3, 5), (3, 5)), dtype=ir.DataType.INT32),
+        Example("Where", (np.array([[True], [False], [True]]), (2, 3, 5), (3, 5))),
+        Example("Acosh", ((1, 2, 5, 3),), between=(1.1, 3.0)),
+        Example("Not", ((1, 2, 5, 3),), dtype=ir.DataType.BOOL),
+        *(Example(name, ((2, 3, 5), (3, 1)), dtype=ir.DataType.BOOL) for name in ("And", "Or", "Xor")),
+        *(Example(name, ((2, 3, 5), (2, 1, 5)), dtype=ir.DataType.INT32)
+          for name in ("Equal", "GreaterOrEqual", "Less", "LessOrEqual")),
+        *(Example(name, ((1, 2, 5, 3),)) for name in (
+            "Celu", "ThresholdedRelu", "Softsign", "Exp", "Abs", "Neg", "Sign", "Floor", "Ceil", "Round", "Sin", "Cos",
+            "Atan", "Sinh", "Cosh", "Asinh", "IsNaN")),
+        *(Example(name, ((1, 2, 5, 3),), between=(0.1, 0.9)) for name in ("Reciprocal", "Tan", "Asin", "Acos", "Atanh")),
+        Example("Shrink", ((1, 2, 9),), {"lambd": 0.7, "bias": 0.2}),
+        Example("Swish", ((1, 2, 9),), {"alpha": 1.5}, opset=24),
     )
 
     op_type: str
@@ -281,6 +299,8 @@ class Cast(Operator):
     examples: ClassVar[tuple[Example, ...]] = (
         Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.DOUBLE)}),
         Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.INT32)}),
+        Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.FLOAT)}, dtype=ir.DataType.INT32),
+        Example("CastLike", ((1, 2, 9), np.zeros(1, np.int32))),
     )
 
     @classmethod

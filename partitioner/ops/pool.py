@@ -56,6 +56,10 @@ class Pool(Operator):
         ]
         return [lo for lo, _ in pairs], [hi for _, hi in pairs]
 
+    def _node_pads(self, lo: Sequence[int], hi: Sequence[int]) -> bool:
+        """Whether a pooling node takes these pads itself: ONNX wants them smaller than the kernel."""
+        return all(max(pair) < w.kernel for w, pair in zip(self.windows, zip(lo, hi, strict=True), strict=True))
+
 
 def _read_pool(view: NodeView) -> tuple[tuple[TensorType], tuple[Window, ...], tuple[int, ...]]:
     data = view.input(0)
@@ -114,12 +118,14 @@ class MaxPool(Pool):
         name, box = names[0], boxes[0]
         assert box is not None and name is not None
         lo, hi = self._local_pads(box, outs[0])
+        if self._node_pads(lo, hi):
+            return emitter.same([name], 1, {"pads": [*lo, *hi]}, drop=("auto_pad", "ceil_mode"))
         info = self.outputs[0].dtype
         if info.is_floating_point():
             fill = np.asarray(-np.inf, info.numpy())
         else:
             fill = np.asarray(np.iinfo(info.numpy()).min, info.numpy())
-        padded = emitter.pad(name, [0, 0, *lo], [0, 0, *hi], fill) if any(lo + hi) else name
+        padded = emitter.pad(name, [0, 0, *lo], [0, 0, *hi], fill)
         return emitter.same([padded], 1, {"pads": [0] * len(lo + hi)}, drop=("auto_pad", "ceil_mode"))
 
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
@@ -207,6 +213,10 @@ class AveragePool(Pool):
         name, box = names[0], boxes[0]
         assert box is not None and name is not None
         lo, hi = self._local_pads(box, outs[0])
+        spatial = list(enumerate(outs[0].intervals()[2:]))
+        full = all(set(self._counts(a, out)) == {self.windows[a].kernel} for a, out in spatial)
+        if self._node_pads(lo, hi) and (full or not self.include_pad):
+            return emitter.same([name], 1, {"pads": [*lo, *hi]}, drop=("auto_pad", "ceil_mode"))
         padded = emitter.pad(name, [0, 0, *lo], [0, 0, *hi]) if any(lo + hi) else name
         pads = {"pads": [0] * len(lo + hi)}
         (mean,) = emitter.same([padded], 1, pads, drop=("auto_pad", "ceil_mode", "count_include_pad"))

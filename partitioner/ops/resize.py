@@ -124,8 +124,10 @@ class Resize(Operator):
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
         result, box = names[0], boxes[0]
-        assert result is not None and box is not None
+        assert box is not None
         dtype = self.outputs[0].dtype.numpy()
+        if result is None:  # wholly outside a cropped region
+            return (emitter.full(outs[0].shape, self.extrapolation, self.outputs[0].dtype),)
         for axis in self._order():
             resampling = self.axes[axis]
             assert resampling is not None

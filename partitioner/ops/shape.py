@@ -164,7 +164,9 @@ class Move(Operator):
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
         result, box, out = names[0], boxes[0], outs[0]
-        assert result is not None and box is not None
+        assert box is not None
+        if result is None:  # nothing but padding
+            return (emitter.full(out.shape, self.fill, self.outputs[0].dtype),)
         for axis, axis_map in enumerate(self.axes):
             if isinstance(axis_map, Taps) and box.axes[axis]:
                 result = emit_take(emitter, result, axis, axis_map, box.axes[axis], out.intervals()[axis])

@@ -202,9 +202,14 @@ def delivered_dtype(path: Path, natural: DType, wanted: DType | None) -> DType:
         raise PartitionError(f"{path}: holds {natural} values; store real numbers, integers or booleans")
     if wanted is None:
         return natural.newbyteorder("=")
-    if not np.can_cast(natural, wanted, "same_kind"):
+    if not np.can_cast(natural, _kind_of(wanted), "same_kind"):
         raise PartitionError(f"{path}: holds {natural} values, but {wanted} is needed; convert the file")
     return wanted
+
+
+def _kind_of(dtype: DType) -> DType:
+    """A type of numpy's own with the same rules for casts; numpy has none for bfloat16."""
+    return np.dtype(np.float16) if dtype.name == "bfloat16" else dtype
 
 
 def stored_dtype(path: Path, spec: ArraySpec) -> DType:
@@ -230,4 +235,4 @@ def only_array(path: Path, arrays: Sequence[ArraySpec]) -> ArraySpec:
     if len(arrays) == 1:
         return arrays[0]
     names = ", ".join(spec.name for spec in arrays)
-    raise PartitionError(f"{path}: holds one array, not {len(arrays)} ({names}); use .npz, or a file for each")
+    raise PartitionError(f"{path}: holds one array, not {len(arrays)} ({names}); use .npz or a file for each")

@@ -65,7 +65,7 @@ class RawArray:
 
 @dataclass(frozen=True)
 class Delivery:
-    """How stored values become those delivered: `slope * value + inter`, computed in float64, then rounded."""
+    """How stored values become those delivered: `slope * value + inter`, in float64, then rounded."""
 
     dtype: DType
     slope: float = 1.0
@@ -163,7 +163,7 @@ def _write_tile(file: int, raw: RawArray, tile: Intervals, block: Array) -> None
         split -= 1
     begins = raw.offset + sum(i.start * s for i, s in zip(tile, raw.strides, strict=True))
     steps = [range(0, len(i) * s, s) for i, s in zip(tile[:split], raw.strides[:split], strict=True)]
-    values = memoryview(block.reshape(-1).view(np.uint8))
+    values = block.reshape(-1).view(np.uint8).data
     length = math.prod(block.shape[split:]) * raw.dtype.itemsize
     for number, offsets in enumerate(itertools.product(*steps)):
         write_range(file, values[number * length : (number + 1) * length], begins + sum(offsets))

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -42,8 +42,8 @@ class PartFile:
     def to_json(self) -> str:
         """As text."""
         arrays = [
-            {"name": name, "offset": raw.offset, "shape": raw.shape, "dtype": raw.dtype.str, "order": raw.order}
-            for name, raw in self.arrays
+            {"name": name, "offset": a.offset, "shape": a.shape, "dtype": a.dtype.str, "order": a.order}
+            for name, a in self.arrays
         ]
         known = {"target": self.target, "temporary": self.temporary, "size": self.size, "arrays": arrays}
         return json.dumps(known)
@@ -265,7 +265,7 @@ def _checked_target(target: Path) -> Path:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Make the file `size` bytes long with the blocks taken now, so that no later write finds the disk full."""
+    """Make the file `size` bytes long its blocks taken now: no later write finds the disk full."""
     if not size:
         return
     try:
@@ -286,7 +286,7 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(target: str) -> Iterator[None]:
+def _writing(target: str) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -9,7 +9,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -147,7 +147,7 @@ class StreamedSource(_Opened):
             for box, values in slabs:
                 yield tuple(i.start for i in box), values
 
-    def _slabs(self, max_bytes: int) -> Iterator[tuple[Intervals, Array]]:
+    def _slabs(self, max_bytes: int) -> Generator[tuple[Intervals, Array]]:
         contents, raw = self.contents, self.contents.raw
         with contextlib.ExitStack() as stack:
             with stream_errors(contents.path):
@@ -166,7 +166,7 @@ class StreamedSource(_Opened):
 
 
 @contextlib.contextmanager
-def stream_errors(path: Path) -> Iterator[None]:
+def stream_errors(path: Path) -> Generator[None]:
     """Turn what a library says of a damaged file into one line.
 
     Raises:
@@ -210,7 +210,7 @@ def skip(stream: io.BufferedIOBase, count: int) -> None:
 
 
 def _fill(stream: io.BufferedIOBase, array: Array) -> None:
-    rest = memoryview(array.reshape(-1).view(np.uint8))
+    rest = array.reshape(-1).view(np.uint8).data
     while rest:
         count = stream.readinto(rest)
         if not count:

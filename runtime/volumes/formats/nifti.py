@@ -14,7 +14,7 @@ import gzip
 import io
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -137,7 +137,7 @@ def _presented(path: Path, extents: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _stream(path: Path, offset: int) -> Iterator[io.BufferedIOBase]:
+def _stream(path: Path, offset: int) -> Generator[io.BufferedIOBase]:
     with gzip.open(path, "rb") as stream:
         skip(stream, offset)
         yield stream
@@ -155,7 +155,8 @@ def _header(path: Path, spec: ArraySpec, meta: Meta | None) -> tuple[Any, DType]
     # nibabel derives a header from an image; this one is a single zero seen everywhere.
     values = np.broadcast_to(np.zeros((), dtype), shape)
     affine = np.eye(4) if meta is None else meta.affine
-    header = kind(values, affine, None if known is None else kind.header_class.from_header(known), dtype=dtype).header
+    given = None if known is None else kind.header_class.from_header(known)
+    header = kind(values, affine, given, dtype=dtype).header
     header.set_data_dtype(dtype)
     header.set_slope_inter(1.0, 0.0)
     header.set_data_offset(0)  # after the extensions, set as the header is written

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -48,7 +48,7 @@ class NpyFormat:
 FORMAT = NpyFormat()
 
 
-def read_header(where: Path | str, stream: BinaryIO | io.BufferedIOBase, begin: int = 0) -> RawArray:
+def read_header(where: Path | str, stream: IO[bytes], begin: int = 0) -> RawArray:
     """Where the values lie of an array in .npy form that begins at `begin` of its file.
 
     Args:
@@ -60,9 +60,9 @@ def read_header(where: Path | str, stream: BinaryIO | io.BufferedIOBase, begin: 
     """
     try:
         start = stream.tell()
-        version = npy.read_magic(stream)  # pyright: ignore[reportArgumentType]
+        version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, is_fortran, dtype = read(stream)  # pyright: ignore[reportArgumentType]
+        shape, is_fortran, dtype = read(stream)
     except (ValueError, EOFError, SyntaxError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise PartitionError(f"{where}: no .npy array ({reason}); write it with numpy.save") from error

@@ -6,7 +6,7 @@ import contextlib
 import io
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ class _Member:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def _opened(path: Path) -> Generator[zipfile.ZipFile]:
     with open_binary(path) as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -126,7 +126,7 @@ def _begin(path: Path, member: zipfile.ZipInfo) -> int:
 
 
 @contextlib.contextmanager
-def _stream(path: Path, member: str, offset: int) -> Iterator[io.BufferedIOBase]:
+def _stream(path: Path, member: str, offset: int) -> Generator[io.BufferedIOBase]:
     with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         assert isinstance(stream, io.BufferedIOBase)
         skip(stream, offset)

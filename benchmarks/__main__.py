@@ -1,0 +1,102 @@
+"""`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite; `list` names the suites."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.errors import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; a mistake of the user ends with one line and 2, a failure with 1."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.command(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from benchmarks.run import Options, run_suite
+    from benchmarks.suite import find_suite
+
+    suite = find_suite(options.suite).only(options.case)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    output = options.output or Path("benchmark-results") / f"{suite.name}-{stamp}.json"
+    chosen = Options(
+        repeats=_at_least_one("--repeats", options.repeats),
+        threads=_at_least_one("--threads", options.threads),
+        timeout=options.timeout,
+        output=output,
+    )
+    return run_suite(suite, chosen, Console())
+
+
+def _list(options: argparse.Namespace) -> int:
+    from benchmarks.suite import SUITES
+
+    for suite in SUITES:
+        print(f"{suite.name}: {suite.what}")
+        for case in suite.cases:
+            print(f"  {case.name}: {case.what} ({', '.join(side.name for side in case.sides)})")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from benchmarks.demo import Demo, parse_size, run_demo
+
+    demo = Demo(
+        workdir=options.workdir,
+        size=parse_size(options.size),
+        shards=options.shards,
+        base=_at_least_one("--base", options.base),
+        train_steps=options.train_steps,
+    )
+    return run_demo(demo, Console())
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{name} {value}: at least 1 is needed")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="a 3D U-Net on several processes, from export to picture")
+    demo.add_argument("--workdir", type=Path, default=Path("demo-output"), help="where the files go")
+    demo.add_argument("--size", default="121x160x143", help="voxels: depth x height x width")
+    demo.add_argument("--shards", default="depth=2,height=2", help="the mesh, as for partition --mesh")
+    demo.add_argument("--base", type=int, default=16, help="filters at the finest level")
+    demo.add_argument("--train-steps", type=int, default=30, help="0: random weights, a meaningless picture")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", help="measure a suite")
+    run.add_argument("--suite", required=True, help="see: python -m benchmarks list")
+    run.add_argument("--case", help="only this case")
+    run.add_argument("--repeats", type=int, default=3, help="fresh processes per side")
+    run.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for each side in all")
+    run.add_argument("--timeout", type=float, default=600, help="seconds until a step counts as stuck")
+    run.add_argument("--output", type=Path, help="JSON file (default: benchmark-results/SUITE-TIME.json)")
+    run.set_defaults(command=_run)
+
+    shown = commands.add_parser("list", help="name suites, cases and sides")
+    shown.set_defaults(command=_list)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

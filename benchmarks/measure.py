@@ -1,0 +1,189 @@
+"""Times one side and watches its memory: a fresh process, a first run, then runs in the steady state."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.errors import SideError
+from benchmarks.memory import Level, level, sampled
+from benchmarks.peers import Traffic
+from benchmarks.suite import Side
+from benchmarks.worker import Job
+
+_SETTLE_SECONDS = 0.3
+_GRACE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One process's measurements; memory in bytes over the whole process tree.
+
+    `first_seconds` is the first run (it allocates, and chooses kernels), `seconds` the one after it; the peak
+    is the higher of both.  `process_bytes` is the highest rise of any single process.  `counted` is what the
+    transport sent, `forecast` what the plan said; None for a side that has no shards.
+    """
+
+    setup_seconds: float
+    first_seconds: float
+    seconds: float
+    idle_bytes: int
+    peak_bytes: int
+    process_bytes: int
+    counted: Traffic | None
+    forecast: Traffic | None
+
+    @property
+    def rise_bytes(self) -> int:
+        """Peak memory over the idle level."""
+        return self.peak_bytes - self.idle_bytes
+
+
+def measure(job: Job, side: Side, timeout: float, save: Path | None = None) -> Sample:
+    """Open the side in a fresh process, run it twice, and end the process.
+
+    Args:
+        job: what the process opens.
+        side: the side of that job.
+        timeout: seconds until any single step counts as stuck.
+        save: where the last output goes (.npy), or None.
+
+    Raises:
+        SideError: when the process fails or is stuck; nothing of it keeps running.
+    """
+    with _worker(job, side, timeout) as worker:
+        opened = worker.reply("open")
+        time.sleep(_SETTLE_SECONDS)
+        idle = level(worker.pid)
+        with sampled(worker.pid) as sampler:
+            first = worker.ask("run")
+            second = worker.ask("run")
+            peak = sampler.stop()
+        if save is not None:
+            worker.ask(f"save {save}")
+        worker.quit()
+    return Sample(
+        setup_seconds=opened["setup_seconds"],
+        first_seconds=first["seconds"],
+        seconds=second["seconds"],
+        idle_bytes=idle.total,
+        peak_bytes=peak.total,
+        process_bytes=_largest_rise(idle, peak.private),
+        counted=_traffic(second["counted"]),
+        forecast=_traffic(opened["forecast"]),
+    )
+
+
+def _largest_rise(idle: Level, peak: dict[int, int]) -> int:
+    return max(value - idle.private.get(process, 0) for process, value in peak.items())
+
+
+def _traffic(fields: dict[str, int] | None) -> Traffic | None:
+    return None if fields is None else Traffic(**fields)
+
+
+class _Worker:
+    """The process of `benchmarks.worker`, asked line by line."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[bytes], timeout: float) -> None:
+        self._process = process
+        self._errors = errors
+        self._timeout = timeout
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Send a command and wait for its reply."""
+        self._send(command)
+        return self.reply(command.split(maxsplit=1)[0])
+
+    def reply(self, step: str) -> dict[str, Any]:
+        """The next reply, to the step named in errors."""
+        try:
+            line = self._lines.get(timeout=self._timeout)
+        except queue.Empty:
+            raise SideError(f"no answer in {self._timeout:g} s to '{step}'; raise --timeout") from None
+        if not line:
+            raise SideError(f"ended at '{step}': {self._last_words()}")
+        return json.loads(line)
+
+    def quit(self) -> None:
+        """Let the process close its session and end."""
+        self._send("quit")
+        try:
+            code = self._process.wait(self._timeout)
+        except subprocess.TimeoutExpired:
+            raise SideError(f"did not end within {self._timeout:g} s") from None
+        if code:
+            raise SideError(f"ended with code {code}: {self._last_words()}")
+
+    def _send(self, command: str) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _last_words(self) -> str:
+        """The last line that the process wrote on standard error."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_SECONDS)
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self._process.returncode}, no message"
+
+
+@contextmanager
+def _worker(job: Job, side: Side, timeout: float) -> Generator[_Worker]:
+    share = str(max(1, job.threads // side.processes))  # each rank's, where the ranks are processes
+    environment = {**os.environ, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+    command = [sys.executable, "-m", "benchmarks.worker", job.to_json()]
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield _Worker(process, errors, timeout)
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the process and whatever it started: they share a process group of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,141 @@
+"""What is measured, as data: suites of cases; a case is a network, a shape and the sides compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.errors import UsageError
+from benchmarks.models import ResNetConfig, UNetConfig, export
+from benchmarks.phantom import CLASS_NAMES, DEFAULT_SHAPE, phantom
+
+Kind: TypeAlias = Literal["torch eager", "onnxruntime", "partitioned"]
+Backend: TypeAlias = Literal["lockstep", "gloo"]
+
+# The network of the demo: Hounsfield units go in, so its first step is a soft-tissue window.
+DEMO_NETWORK = UNetConfig(classes=len(CLASS_NAMES), levels=4, base=16, window=(40.0, 200.0))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way of computing a case; `mesh` and `backend` are those of a partitioned side."""
+
+    name: str
+    kind: Kind
+    mesh: str = "single"
+    backend: Backend = "lockstep"
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on an input of shape (batch, channels, *spatial), computed by every side."""
+
+    name: str
+    what: str
+    network: UNetConfig | ResNetConfig
+    shape: tuple[int, ...]
+    sides: tuple[Side, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that are measured together."""
+
+    name: str
+    what: str
+    cases: tuple[Case, ...]
+
+    def only(self, case: str | None) -> Suite:
+        """The suite with the named case alone, or all of it for None.
+
+        Raises:
+            UsageError: for an unknown name.
+        """
+        return self if case is None else replace(self, cases=(self.case(case),))
+
+    def case(self, name: str) -> Case:
+        """The case of this name.
+
+        Raises:
+            UsageError: for an unknown name.
+        """
+        found = next((case for case in self.cases if case.name == name), None)
+        if found is None:
+            raise UsageError(f"case '{name}' is not in suite '{self.name}'; it has {_names(self.cases)}")
+        return found
+
+
+PEERS = (Side("torch eager", "torch eager"), Side("onnxruntime", "onnxruntime"))
+SHARDS = (
+    Side("1 shard", "partitioned"),
+    Side("2 shards", "partitioned", "depth=2", "gloo", 2),
+    Side("4 shards", "partitioned", "depth=2,height=2", "gloo", 4),
+)
+
+SUITES = (
+    Suite(
+        "quick",
+        "the demo's network and volume on 1, 2 and 4 shards beside torch eager and onnxruntime",
+        (
+            Case(
+                "demo",
+                "3D U-Net, 4 levels, base 16, instance norm; 121 x 160 x 143 voxels",
+                DEMO_NETWORK,
+                (1, 1, *DEFAULT_SHAPE),
+                PEERS + SHARDS,
+            ),
+        ),
+    ),
+    Suite(
+        "smoke",
+        "seconds long: whether every side runs and agrees, no figure to quote",
+        (
+            Case(
+                "tiny",
+                "3D U-Net, 3 levels, base 4; 29 x 37 x 31 voxels",
+                replace(DEMO_NETWORK, levels=3, base=4),
+                (1, 1, 29, 37, 31),
+                PEERS + SHARDS,
+            ),
+        ),
+    ),
+)
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of this name.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    found = next((suite for suite in SUITES if suite.name == name), None)
+    if found is None:
+        raise UsageError(f"suite '{name}' is unknown; choose from {_names(SUITES)}")
+    return found
+
+
+def example_input(case: Case) -> NDArray[np.float32]:
+    """The phantom for one-channel volumes (one seed per volume of the batch), otherwise normal noise."""
+    batch, channels, *spatial = case.shape
+    if channels != 1 or len(spatial) != 3:
+        return np.random.default_rng(0).standard_normal(case.shape, dtype=np.float32)
+    scans = [phantom(spatial, seed).hounsfield[None] for seed in range(batch)]
+    return np.stack(scans).astype(np.float32)
+
+
+def exported(case: Case, folder: Path) -> Path:
+    """The case's ONNX file in the folder, exported unless an equal one is there."""
+    key = hashlib.sha256(repr((case.network, case.shape)).encode()).hexdigest()[:12]
+    path = folder / f"{case.name}-{key}.onnx"
+    return path if path.exists() else export(case.network.build(), case.shape, path)
+
+
+def _names(items: Sequence[Suite] | Sequence[Case]) -> str:
+    return ", ".join(item.name for item in items)

@@ -1,0 +1,94 @@
+"""One side of a case in a process of its own, driven line by line: `python -m benchmarks.worker JOB`.
+
+The job names suite, case and side (JSON, see `Job`).  Commands come on standard input, one per line; every
+reply is one line of JSON on standard output.
+
+    (start)      {"setup_seconds": s, "forecast": traffic or null}   network and input are in memory
+    run          {"seconds": s, "counted": traffic or null}          traffic: see `peers.Traffic`
+    save PATH    {"saved": PATH}                                     the last output, as .npy
+    quit         (the process ends)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers import Runner, Traffic, opened
+from benchmarks.suite import example_input, find_suite
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which side to open, and with how many threads in all."""
+
+    suite: str
+    case: str
+    side: str
+    model: str
+    threads: int
+
+    def to_json(self) -> str:
+        """The form in which the job is handed to the process."""
+        return json.dumps(asdict(self))
+
+
+def main(argv: list[str]) -> int:
+    """Open the job's side and obey until `quit` or the end of the input."""
+    replies = _own_standard_output()
+    job = Job(**json.loads(argv[0]))
+    case = find_suite(job.suite).case(job.case)
+    side = next(side for side in case.sides if side.name == job.side)
+    volume = example_input(case)
+    started = time.perf_counter()
+    with opened(side, case, Path(job.model), job.threads) as runner:
+        seconds = time.perf_counter() - started
+        _reply(replies, {"setup_seconds": seconds, "forecast": _plain(runner.forecast())})
+        _obey(runner, volume, replies)
+    return 0
+
+
+def _obey(runner: Runner, volume: NDArray[np.float32], replies: TextIO) -> None:
+    output = volume
+    for line in sys.stdin:
+        command, _, argument = line.strip().partition(" ")
+        if command == "quit":
+            return
+        if command == "save":
+            np.save(argument, output)
+            _reply(replies, {"saved": argument})
+            continue
+        # Let go of the last output first, or its memory would count as the next run's.
+        output = volume
+        started = time.perf_counter()
+        output = runner.run(volume)
+        seconds = time.perf_counter() - started
+        _reply(replies, {"seconds": seconds, "counted": _plain(runner.counted())})
+
+
+def _plain(traffic: Traffic | None) -> dict[str, int] | None:
+    return None if traffic is None else asdict(traffic)
+
+
+def _reply(replies: TextIO, fields: dict[str, Any]) -> None:
+    replies.write(json.dumps(fields) + "\n")
+    replies.flush()
+
+
+def _own_standard_output() -> TextIO:
+    """Keep the pipe for replies; what libraries print goes to standard error instead."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Spatial partitioning of convolutional networks: ONNX in, exact shards with explicit halo exchanges out.
+
+    import partitioner as pt
+    plan = pt.partition("unet3d.onnx", mesh="depth=2,height=2", shapes={"volume": (1, 1, 121, 160, 143)})
+    outputs = plan.run({"volume": array})
+
+Names load when they are first used, so that `import partitioner` needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partitioner.api import Plan, Session, load, partition
+    from partitioner.errors import ExecutionError, PartitionError
+    from partitioner.mesh import Mesh
+    from partitioner.verify import Verification
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "partition": "partitioner.api",
+    "load": "partitioner.api",
+    "Plan": "partitioner.api",
+    "Session": "partitioner.api",
+    "Verification": "partitioner.verify",
+    "Mesh": "partitioner.mesh",
+    "PartitionError": "partitioner.errors",
+    "ExecutionError": "partitioner.errors",
+}
+
+__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "load", "partition"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'partitioner' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,353 @@
+"""The Python API: partition a model, look at the plan, run it.  The only place where compiling and running meet."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.compiler import compile_plan, plain_model
+from partitioner.cost import PlanCost, plan_cost
+from partitioner.errors import PartitionError, refuse_all
+from partitioner.layout import Cuts
+from partitioner.loader import load_file, load_model, save_model
+from partitioner.mesh import Mesh
+from partitioner.report import plan_dict, render, to_text
+from partitioner.shapes import spatial_rank, with_nearest_shapes
+
+if TYPE_CHECKING:
+    from runtime.session import Runner, RunReport
+
+Backend = Literal["lockstep", "gloo", "nccl"]
+Progress = Callable[[int, int, str], None]
+MeshLike = str | Mapping[str, int] | Mesh | None
+Arrays = Mapping[str, Any]
+
+KEPT_PLANS = 4
+"""How many plans a session keeps for shapes that it has seen."""
+
+
+def partition(
+    model: Any,
+    example: Any = None,
+    *,
+    mesh: MeshLike = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    cuts: Mapping[str, Sequence[int]] | None = None,
+    dump_dir: str | Path | None = None,
+) -> Plan:
+    """Partition a model over a mesh of ranks.
+
+    Args:
+        model: path of an .onnx file, `onnx.ModelProto`, `onnx_ir.Model`, or `torch.nn.Module`.
+        example: for a torch module, one input tensor or a tuple of them; exported by torch.onnx in eval mode.
+        mesh: `"depth=2,height=2"`, `{"depth": 2}`, `"2x2x1"` (the spatial axes in order) or a `Mesh`.
+        shapes: extents per input; needed where the file leaves axes open.
+        cuts: where shards begin, by mesh axis: `{"depth": (0, 50, 121)}`; even shards otherwise.
+        dump_dir: folder for a numbered ONNX file after every pass.
+
+    Raises:
+        PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
+    """
+    source, found = _source(model, example)
+    wanted = {name: tuple(int(n) for n in shape) for name, shape in {**found, **(shapes or {})}.items()}
+    return Plan.compile(source, mesh, wanted, _checked_cuts(cuts), None if dump_dir is None else Path(dump_dir))
+
+
+def load(path: str | Path) -> Plan:
+    """Read a plan that `Plan.save` or `partition compile` has written.
+
+    Raises:
+        PartitionError: when the file is no plan, is damaged, or is of another version.
+    """
+    model = load_file(Path(path))
+    check_plan(model, str(path))
+    return Plan(model)
+
+
+def _source(model: Any, example: Any) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    if example is not None or _is_module(model):
+        from partitioner.exporter import export_module
+
+        return export_module(model, example)
+    return load_model(model), {}
+
+
+def _is_module(model: Any) -> bool:
+    return any(c.__module__ == "torch.nn.modules.module" for c in type(model).__mro__)
+
+
+def _checked_cuts(cuts: Mapping[str, Sequence[int]] | None) -> dict[str, Cuts]:
+    return {name: tuple(int(c) for c in positions) for name, positions in (cuts or {}).items()}
+
+
+def check_plan(model: ir.Model, where: str) -> None:
+    """Verify a plan that comes from a file, from its nodes and layouts alone.
+
+    Raises:
+        PartitionError: when it is no plan, of another version, or was altered.
+    """
+    if not dialect.is_plan(model):
+        raise PartitionError(f"{where}: is no plan; make one with `partition compile` or pt.partition")
+    version = model.graph.opset_imports.get(dialect.DOMAIN, dialect.VERSION)
+    if version != dialect.VERSION:
+        raise PartitionError(f"{where}: is a plan of format {version}, this program reads format {dialect.VERSION}; "
+                             "compile the model again")
+    from passes.checks import ALL
+
+    try:
+        dialect.get_mesh(model)
+        found = [problem for check in ALL for problem in check.problems(model)]
+    except (PartitionError, ValueError, KeyError, AssertionError, IndexError, TypeError) as error:
+        found = [f"{type(error).__name__}: {error}"]
+    refuse_all([f"{where}: the plan is damaged ({problem}); compile the model again" for problem in found[:1]])
+
+
+class Plan:
+    """A partitioned model, all ranks: an ONNX graph with explicit communication.
+
+    Attributes:
+        model: the graph; one node stands for all its shards.
+    """
+
+    def __init__(self, model: ir.Model, source: ir.Model | None = None, cuts: Mapping[str, Cuts] | None = None) -> None:
+        self.model = model
+        self._source = source
+        self._cuts = dict(cuts or {})
+
+    @classmethod
+    def compile(cls, source: ir.Model, mesh: MeshLike, shapes: Mapping[str, Sequence[int]],
+                cuts: Mapping[str, Cuts], dump_dir: Path | None = None) -> Plan:
+        """Run the standard passes on a copy of a model; see `partition`."""
+        found = Mesh.parse(mesh, spatial_rank(source))
+        with with_nearest_shapes(source, shapes):
+            return cls(compile_plan(source, found, shapes, cuts, dump_dir), source, cuts)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of ranks."""
+        return dialect.get_mesh(self.model)
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Extents per input."""
+        return {str(v.name): dialect.shape_of(v) for v in self.model.graph.inputs}
+
+    @cached_property
+    def cost(self) -> PlanCost:
+        """Memory, bytes, messages and operations per rank, forecast from the layouts."""
+        return plan_cost(self.model)
+
+    def report(self, width: int = 160) -> str:
+        """The plan as a table of text, `width` columns wide."""
+        return to_text(render(self.model, self.cost), width)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data for programs; see `partitioner.report.plan_dict`."""
+        return plan_dict(self.model, self.cost)
+
+    def to_text(self) -> str:
+        """The printed form: one line per node."""
+        from partitioner.printer import print_plan
+
+        return print_plan(self.model)
+
+    def expand(self) -> ir.Model:
+        """One plain ONNX graph in which every device has its own nodes (up to 64 devices).
+
+        Raises:
+            PartitionError: for more devices.
+        """
+        from passes.expand import expand
+
+        return expand(self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as an ONNX file, weights included.
+
+        Raises:
+            PartitionError: when the path cannot be written.
+        """
+        save_model(self.model.clone(), Path(path))
+
+    def run(self, inputs: Arrays) -> dict[str, Any]:
+        """Run all shards in this process, on CPU or where the first torch input lies.
+
+        Args:
+            inputs: numpy arrays or torch tensors per input name.
+
+        Returns:
+            outputs per name, numpy or torch as the inputs were.
+
+        Raises:
+            PartitionError: for a missing or unknown input, a wrong shape or type.
+        """
+        device = next((str(v.device) for v in inputs.values() if _is_tensor(v)), "cpu")
+        with self.session(backend="lockstep", device=device) as session:
+            return session.run(inputs)
+
+    def session(self, backend: Backend = "lockstep", device: str = "cpu", threads: int | None = None) -> Session:
+        """The plan made ready for several runs; use it in a `with` block.
+
+        Args:
+            backend: `lockstep` (all shards in this process), `gloo` or `nccl` (one process per rank).
+            device: `cpu`, `cuda`, or a list for the ranks in turn: `cuda:0,cuda:1`.
+            threads: CPU threads per process; shared out evenly by default.
+
+        Raises:
+            PartitionError: when the device or backend does not exist here.
+            ExecutionError: when the ranks cannot be started.
+        """
+        return Session(self, backend, device, threads)
+
+    def with_shapes(self, shapes: Mapping[str, Sequence[int]]) -> Plan:
+        """The same partition of the same model for other extents.
+
+        Raises:
+            PartitionError: when the plan came from a file, or the network cannot take these extents.
+        """
+        if self._source is None:
+            raise PartitionError(
+                f"this plan is for inputs {_shapes_text(self.input_shapes)}, not {_shapes_text(shapes)}; "
+                "partition the model again for other extents")
+        return Plan.compile(self._source, self.mesh, shapes, {})
+
+    def unpartitioned(self) -> ir.Model:
+        """The plain model that the plan was made from, or its equal when the plan came from a file."""
+        return plain_model(self.model) if self._source is None else self._source.clone()
+
+
+class Session:
+    """A plan ready to run, with its processes and weights; keeps the last few plans for other shapes.
+
+    Attributes:
+        last_run: what the last run measured (seconds, peak memory, bytes and messages per rank), or None.
+    """
+
+    def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None) -> None:
+        if backend not in ("lockstep", "gloo", "nccl"):
+            raise PartitionError(f"backend '{backend}' is unknown; use lockstep, gloo or nccl")
+        self.plan = plan
+        self._options = (backend, device, threads)
+        self._plans: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Plan] = OrderedDict()
+        self._plans[_key(plan.input_shapes)] = plan
+        self._runner: Runner | None = self._start(plan)
+        self.last_run: RunReport | None = None
+        self.started = time.time()
+
+    def run(self, inputs: Arrays, progress: Progress | None = None) -> dict[str, Any]:
+        """Run once; inputs of another shape are planned for first.
+
+        Args:
+            inputs: numpy arrays or torch tensors (on any device) per input name.
+            progress: called with (steps done, steps in all, step's name).
+
+        Returns:
+            whole outputs per name, numpy or torch (on the input's device) as the inputs were.
+
+        Raises:
+            PartitionError: for a missing or unknown input, a wrong shape or type.
+            ExecutionError: when a rank dies.
+        """
+        self._use(self._plan_for(inputs))
+        assert self._runner is not None
+        results = self._runner.run_arrays(inputs, progress)
+        self.last_run = self._runner.report
+        first = next(iter(inputs.values()))
+        if _is_tensor(first):
+            return {name: tensor.to(first.device) for name, tensor in results.items()}
+        from runtime.feeds import to_numpy
+
+        return {name: to_numpy(tensor) for name, tensor in results.items()}
+
+    def close(self) -> None:
+        """End the processes and give back memory; harmless when repeated."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, plan: Plan) -> Runner:
+        from runtime.session import make_runner
+
+        backend, device, threads = self._options
+        return make_runner(plan.model, backend, device, threads)
+
+    def _plan_for(self, inputs: Arrays) -> Plan:
+        if self._runner is None:
+            raise PartitionError("this session is closed; open another with plan.session()")
+        check_inputs(self.plan.model, inputs)
+        shapes = {name: tuple(int(n) for n in array.shape) for name, array in inputs.items()}
+        key = _key(shapes)
+        if key not in self._plans:
+            self._plans[key] = self.plan.with_shapes(shapes)
+        self._plans.move_to_end(key)
+        while len(self._plans) > KEPT_PLANS:
+            self._plans.popitem(last=False)
+        return self._plans[key]
+
+    def _use(self, plan: Plan) -> None:
+        if plan is self.plan:
+            return
+        assert self._runner is not None
+        self._runner = self._runner.switch(plan.model)
+        self.plan = plan
+
+
+def _key(shapes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value).__module__.startswith("torch")
+
+
+def _shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def check_inputs(model: ir.Model, inputs: Arrays) -> None:
+    """Names, ranks and element types of the arrays given.
+
+    Raises:
+        PartitionError: with every problem.
+    """
+    problems: list[str] = []
+    wanted = {str(v.name): v for v in model.graph.inputs}
+    problems += [f"input '{n}' is unknown; the model has {', '.join(wanted)}" for n in inputs if n not in wanted]
+    for name, value in wanted.items():
+        if name not in inputs:
+            problems.append(f"input '{name}' is missing; give it")
+            continue
+        problem = _array_problem(value, inputs[name])
+        if problem:
+            problems.append(f"input '{name}' {problem}")
+    refuse_all(problems)
+
+
+def _array_problem(value: ir.Value, array: Any) -> str | None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return f"is a {type(array).__name__}; give a numpy array or a torch tensor"
+    expected = dialect.shape_of(value)
+    if len(array.shape) != len(expected):
+        return (f"has {len(array.shape)} axes ({'x'.join(map(str, array.shape))}); "
+                f"the model takes {len(expected)}, as {'x'.join(map(str, expected))}")
+    assert value.dtype is not None
+    given = str(array.dtype).removeprefix("torch.")
+    known = str(value.dtype.numpy()) if value.dtype != ir.DataType.BFLOAT16 else "bfloat16"
+    if given != known:
+        return f"is {given}; the model takes {known}: convert it"
+    return None

@@ -1,0 +1,91 @@
+"""From a model to a plan: the standard pipeline, and the way back to the plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as library
+
+from partitioner import dialect
+from partitioner.errors import PartitionError
+from partitioner.layout import Cuts
+from partitioner.loader import save_model
+from partitioner.mesh import Mesh
+#from passes.annotate_devices import AnnotateDevices
+from passes.assign_shards import AssignShards
+from passes.base import Pass
+from passes.canonicalize import Canonicalize
+from passes.insert_halo_exchanges import InsertHaloExchanges
+from passes.insert_reshards import InsertReshards
+from passes.merge_exchanges import MergeExchanges
+from passes.pipeline import Observer, Pipeline
+from passes.schedule import Schedule
+from passes.split_reductions import SplitReductions
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts]) -> Pipeline:
+    """The passes that make a plan, in order."""
+    return Pipeline((
+        Canonicalize(shapes),
+        AssignShards(mesh, cuts),
+        InsertReshards(),
+        SplitReductions(),
+        InsertHaloExchanges(),
+        MergeExchanges(),
+        Schedule(),
+#        AnnotateDevices(),
+    ))
+
+
+def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],
+                 dump_dir: Path | None = None) -> ir.Model:
+    """A plan of a model; the model itself stays as it is.
+
+    Args:
+        dump_dir: folder for a numbered ONNX file after every pass.
+
+    Raises:
+        PartitionError: when the model cannot be kept exact on this mesh with these extents.
+    """
+    model = source.clone()
+    observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
+    return standard_pipeline(mesh, shapes, cuts).run(model, observers)
+
+
+def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PartitionError(f"{folder}: cannot be made ({error.strerror}); choose another --dump-dir") from None
+
+    def dump(index: int, item: Pass, model: ir.Model) -> None:
+        save_model(model.clone(), folder / f"{index:02d}-{item.name}.onnx")
+
+    return dump
+
+
+def plain_model(plan: ir.Model) -> ir.Model:
+    """The unpartitioned model in a plan: our nodes replaced by their global meaning, layouts dropped."""
+    model = plan.clone()
+    library.InlinePass()(model)
+    model.functions.clear()
+    model.graph.opset_imports.pop(dialect.DOMAIN, None)
+    for key in [k for k in model.metadata_props if k.startswith("partitioner.")]:
+        del model.metadata_props[key]
+    for node in model.graph:
+        _strip(node.metadata_props, node.meta)
+        for value in node.outputs:
+            _strip(value.metadata_props, value.meta)
+    for value in model.graph.inputs:
+        _strip(value.metadata_props, value.meta)
+    return model
+
+
+def _strip(props: dict[str, str], meta: dict[str, object]) -> None:
+    for key in [k for k in props if k.startswith("partitioner.")]:
+        del props[key]
+    meta.clear()

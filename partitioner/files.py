@@ -1,0 +1,228 @@
+"""Running a plan from files to files: alone, with processes of our own, or as one rank of many."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.api import Backend, Plan, Progress
+from partitioner.errors import PartitionError, refuse_all
+
+if TYPE_CHECKING:
+    from runtime.group import Place
+    from runtime.session import RunReport
+    from runtime.volumes import Sink, Source
+
+Assignments = Sequence[tuple[str | None, str]]
+"""(name or None, path) as the user wrote `[NAME=]FILE`."""
+
+
+def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str, str]:
+    """The file of every input or output; a lone file needs no name, and a .npz may hold all.
+
+    Raises:
+        PartitionError: for an unknown or missing name.
+    """
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for name, path in given:
+        if name is not None and name not in names:
+            problems.append(f"{what} '{name}' is unknown; the model has {', '.join(names)}")
+        elif name is not None:
+            found[name] = path
+        elif len(names) == 1 or path.lower().endswith(".npz"):
+            found |= {n: path for n in names if n not in found}
+        else:
+            problems.append(f"{what} file {path}: the model has {len(names)} {what}s ({', '.join(names)}); "
+                            f"write NAME={path}")
+    problems += [f"{what} '{name}' has no file; add --{what} {name}=FILE" for name in names if name not in found]
+    refuse_all(problems)
+    return found
+
+
+def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> dict[str, Source]:
+    """Open the file of every input, its values delivered in the input's type.
+
+    Raises:
+        PartitionError: when a file is missing, damaged, or of a type that would lose values.
+    """
+    from runtime.volumes import array_names, open_source
+
+    found: dict[str, Source] = {}
+    for name, path in files.items():
+        members = array_names(path)
+        member = name if name in members else None
+        if len(members) > 1 and member is None:
+            raise PartitionError(f"{path}: holds {', '.join(members)}, none of them '{name}'; rename one")
+        found[name] = open_source(path, member, dtypes[name].numpy())
+    return found
+
+
+def check_sources(plan: Plan, sources: Mapping[str, Source]) -> None:
+    """Hold the files' extents against the plan's.
+
+    Raises:
+        PartitionError: when they differ.
+    """
+    refuse_all([
+        f"{sources[name].path}: has extents {'x'.join(map(str, sources[name].shape))}, input '{name}' of the plan "
+        f"takes {'x'.join(map(str, shape))}; give a file of these extents or partition the model again"
+        for name, shape in plan.input_shapes.items() if tuple(sources[name].shape) != shape])
+
+
+def make_sinks(plan: Plan, files: Mapping[str, str], like: Source | None) -> tuple[dict[str, Sink], dict[str, Any]]:
+    """A sink per output file, and per output its part and its array's name.
+
+    Raises:
+        PartitionError: when a format cannot hold an output or a folder cannot be written.
+    """
+    from runtime.volumes import ArraySpec, create_sink
+
+    values = {str(v.name): v for v in plan.model.graph.outputs}
+    sinks: dict[str, Sink] = {}
+    places: dict[str, Any] = {}
+    for path in dict.fromkeys(files.values()):
+        names = [n for n, p in files.items() if p == path]
+        sinks[path] = create_sink(path, [ArraySpec(n, dialect.shape_of(values[n]), _numpy_type(values[n]))
+                                         for n in names], like)
+        several = len(names) > 1
+        places |= {n: (sinks[path].part.to_json(), n if several else None) for n in names}
+    return sinks, places
+
+
+def _numpy_type(value: ir.Value) -> Any:
+    assert value.dtype is not None
+    return "bfloat16" if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
+
+
+@dataclass(frozen=True)
+class FileRun:
+    """A run from files to files.
+
+    Args:
+        inputs, outputs: file per input and per output.
+        backend: lockstep, gloo or nccl.
+        device: cpu, cuda, or a list.
+    """
+
+    plan: Plan
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    backend: Backend
+    device: str
+
+    def run(self, progress: Progress | None = None) -> RunReport:
+        """Start what is needed, run, and put every output in its place when all of it is there.
+
+        Raises:
+            PartitionError: for files that do not fit; nothing is written then.
+            ExecutionError: when a rank dies or a disk fills up; nothing is left behind then.
+        """
+        from runtime.rank import RunFiles
+        from runtime.session import make_runner
+
+        with contextlib.ExitStack() as stack:
+            sources, refs = self._sources(stack)
+            sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
+            files = RunFiles(refs, streamed(sources), places)
+            runner = make_runner(self.plan.model, self.backend, self.device)
+            stack.callback(runner.close)
+            with prepared(sinks.values()):
+                runner.run_files(files, progress)
+            assert runner.report is not None
+            return runner.report
+
+    def join(self, place: Place, progress: Progress | None = None) -> RunReport | None:
+        """Run as one rank of a group that torchrun or Slurm has started; rank 0 returns the figures.
+
+        Raises:
+            PartitionError, ExecutionError: as `run`, on every rank.
+        """
+        from runtime import group
+        from runtime.rank import RankRunner, guarded
+
+        if place.size != self.plan.mesh.size:
+            raise PartitionError(f"the mesh {self.plan.mesh} has {self.plan.mesh.size} ranks but {place.size} processes "
+                                 "were started; make them equal")
+        device = group.rank_device(self.device, place)
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)
+        group.join(place, self.backend)
+        runner = RankRunner(self.plan.model, place, device)
+        with contextlib.ExitStack() as stack:
+            problem: str | None = None
+            sources, refs, sinks, places = {}, {}, {}, {}
+            try:
+                sources, refs = self._sources(stack)
+                sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
+            except PartitionError as error:
+                problem = str(error)
+            group.agree(problem)
+            return self._joined(runner, place, refs, streamed(sources), sinks if place.rank == 0 else {}, places,
+                                guarded, progress)
+
+    def _joined(self, runner: Any, place: Place, refs: Any, streams: frozenset[str], sinks: dict[str, Sink],
+                places: Any, guarded: Any, progress: Progress | None) -> RunReport | None:
+        from runtime import group
+        from runtime.rank import RunFiles
+        from runtime.session import RunReport
+
+        with prepared(sinks.values()) if place.rank == 0 else contextlib.nullcontext():
+            places = group.broadcast(places)
+            report = guarded(lambda: runner.run(RunFiles(refs, streams, places), progress), place.rank)
+            reports = group.gather(report)
+        group.leave()
+        if place.rank != 0:
+            return None
+        return RunReport(tuple(reports), max(r.seconds for r in reports), max(r.peak_bytes for r in reports))
+
+    def _sources(self, stack: contextlib.ExitStack) -> tuple[dict[str, Source], dict[str, Any]]:
+        from runtime.rank import FileRef
+        from runtime.volumes import array_names
+
+        dtypes = {str(v.name): v.dtype for v in self.plan.model.graph.inputs if v.dtype is not None}
+        sources = open_inputs(self.inputs, dtypes)
+        for source in sources.values():
+            stack.enter_context(source)
+        check_sources(self.plan, sources)
+        refs = {n: FileRef(os.path.abspath(p), n if n in array_names(p) else None) for n, p in self.inputs.items()}
+        return sources, refs
+
+
+def streamed(sources: Mapping[str, Source]) -> frozenset[str]:
+    """Inputs whose file must be read from its start to its end."""
+    return frozenset(name for name, source in sources.items() if not source.random_access)
+
+
+def _spatial(sources: Mapping[str, Source]) -> Source | None:
+    """The source whose place in the world goes over to the outputs."""
+    return next((s for s in sources.values() if s.meta is not None), None)
+
+
+@contextlib.contextmanager
+def prepared(sinks: Any) -> Iterator[None]:
+    """Prepare all sinks, commit them when the block succeeds, remove them when it fails.
+
+    Raises:
+        ExecutionError: when the disk is full.
+    """
+    known = list(sinks)
+    try:
+        for sink in known:
+            sink.prepare()
+        yield
+        for sink in known:
+            sink.commit()
+    except BaseException:
+        for sink in known:
+            sink.abort()
+        raise
+

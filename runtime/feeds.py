@@ -1,0 +1,128 @@
+"""Where a run's inputs come from and its outputs go: arrays in this process, or files read and written in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from partitioner.geometry import Box, Interval
+from runtime.volumes import Source, Writer
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The cells of a model input or output that one rank holds; `tensor` has their extents."""
+
+    rank: int
+    box: Box
+    tensor: torch.Tensor
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as slices of the whole array."""
+        return tuple(slice(i.start, i.stop) for i in self.box.intervals())
+
+
+class Feed(Protocol):
+    """Fills the input portions of the ranks of this process."""
+
+    def load(self, name: str, portions: Sequence[Portion]) -> None:
+        """Write the cells of input `name` into every portion's tensor."""
+        ...
+
+
+class Drain(Protocol):
+    """Takes the output portions of the ranks of this process."""
+
+    def store(self, name: str, portion: Portion) -> None:
+        """Keep the cells of output `name`; called once per cell over all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayFeed:
+    """Inputs as numpy arrays or torch tensors, on any device."""
+
+    arrays: Mapping[str, Any]
+
+    def load(self, name: str, portions: Sequence[Portion]) -> None:
+        """See `Feed`."""
+        source = self.arrays[name]
+        tensor = source if isinstance(source, torch.Tensor) else torch.from_numpy(np.asarray(source))
+        for portion in portions:
+            portion.tensor.copy_(tensor[portion.slices])
+
+
+@dataclass(frozen=True)
+class ArrayDrain:
+    """Outputs as torch tensors that have room for the whole."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def store(self, name: str, portion: Portion) -> None:
+        """See `Drain`."""
+        self.tensors[name][portion.slices].copy_(portion.tensor)
+
+
+@dataclass(frozen=True)
+class FileFeed:
+    """Inputs from files: each portion is read by itself, or one pass over the file fills them all."""
+
+    sources: Mapping[str, Source]
+
+    def load(self, name: str, portions: Sequence[Portion]) -> None:
+        """See `Feed`."""
+        source = self.sources[name]
+        if source.random_access:
+            for portion in portions:
+                portion.tensor.copy_(torch.from_numpy(source.read(portion.slices)))
+            return
+        for start, values in source.slabs():
+            for portion in portions:
+                fill_from_slab(portion, start, values)
+
+
+@dataclass(frozen=True)
+class FileDrain:
+    """Outputs into files, each portion at its place: writer and array name per output."""
+
+    writers: Mapping[str, tuple[Writer, str | None]]
+
+    def store(self, name: str, portion: Portion) -> None:
+        """See `Drain`."""
+        writer, member = self.writers[name]
+        writer.write(portion.slices, to_numpy(portion.tensor), member)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's values in host memory; bfloat16 becomes float32, which holds it exactly."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()
+
+
+def fill_from_slab(portion: Portion, start: Sequence[int], values: np.ndarray[Any, Any]) -> None:
+    """Copy what a slab of the whole array and a portion have in common."""
+    slab = tuple(Interval(a, a + n) for a, n in zip(start, values.shape, strict=True))
+    common = tuple(a & b for a, b in zip(slab, portion.box.intervals(), strict=True))
+    if not all(common):
+        return
+    inside = tuple(slice(c.start - s.start, c.stop - s.start) for c, s in zip(common, slab, strict=True))
+    target = tuple(slice(c.start - p.start, c.stop - p.start)
+                   for c, p in zip(common, portion.box.intervals(), strict=True))
+    portion.tensor[target].copy_(torch.from_numpy(np.ascontiguousarray(values[inside])))
+
+
+def slab_parts(start: Sequence[int], values: np.ndarray[Any, Any],
+               boxes: Sequence[Box]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """(rank, its part of a slab) for every rank whose box meets the slab, in rank order."""
+    slab = tuple(Interval(a, a + n) for a, n in zip(start, values.shape, strict=True))
+    for rank, box in enumerate(boxes):
+        common = tuple(a & b for a, b in zip(slab, box.intervals(), strict=True))
+        if all(common):
+            inside = tuple(slice(c.start - s.start, c.stop - s.start) for c, s in zip(common, slab, strict=True))
+            yield rank, np.ascontiguousarray(values[inside])

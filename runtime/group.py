@@ -1,0 +1,186 @@
+"""The process group of a distributed run: joining it, agreeing on errors before work starts, leaving it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from partitioner.errors import ExecutionError, PartitionError
+from runtime.feeds import Portion, fill_from_slab, slab_parts
+from runtime.volumes import Source
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for a peer that computes; a peer that died is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank, how many there are, its number on this host."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def place_from_environment() -> Place | None:
+    """Our place when torchrun or Slurm started us; None when nobody did.
+
+    Under Slurm the rendezvous address is the first host of the job unless MASTER_ADDR says otherwise.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")))
+    return None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-07,9],x` -> `gpu03`."""
+    found = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodes)
+    return "127.0.0.1" if found is None else found.group(1) + (found.group(2) or "")
+
+
+def join(place: Place, backend: str, init_method: str = "env://") -> None:
+    """Enter the process group; NCCL runs carry a gloo group for small messages in host memory.
+
+    Raises:
+        ExecutionError: when the other ranks cannot be reached.
+    """
+    kind = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+    try:
+        dist.init_process_group(kind, init_method=init_method, rank=place.rank, world_size=place.size,
+                                timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise ExecutionError(f"rank {place.rank}: cannot reach the other ranks ({reason[:160]}); "
+                             "check MASTER_ADDR, MASTER_PORT and the network") from None
+
+
+def leave() -> None:
+    """Leave the process group if we are in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(problem: str | None) -> None:
+    """Let every rank know whether any has a problem, so that none waits for one that gave up.
+
+    Raises:
+        PartitionError: on every rank, with the first problem, when any rank has one.
+    """
+    found = gather(problem)
+    first = next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
+    if first is not None:
+        raise PartitionError(first)
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    found = [value]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def rank_device(device: str, place: Place) -> torch.device:
+    """The device of a rank: `cpu`, `cuda` (the local rank's GPU, shared when there are fewer), or a list.
+
+    Raises:
+        PartitionError: when there is no such device.
+    """
+    names = device.split(",")
+    return check_device(names[place.local_rank % len(names)], place.local_rank)
+
+
+def check_device(name: str, index: int = 0) -> torch.device:
+    """A device by name; plain `cuda` takes the GPU `index` modulo their number.
+
+    Raises:
+        PartitionError: when there is no such device.
+    """
+    try:
+        found = torch.device(name.strip())
+    except RuntimeError:
+        raise PartitionError(f"device '{name}' is unknown; use cpu, cuda or cuda:0,cuda:1") from None
+    if found.type != "cuda":
+        return found
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise PartitionError(f"device '{name}': torch finds no GPU here; use --device cpu")
+    if found.index is not None and found.index >= count:
+        raise PartitionError(f"device '{name}': there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index % count if found.index is None else found.index)
+
+
+@dataclass(frozen=True)
+class SharedFeed:
+    """Inputs from files for one rank of many; what cannot be read at random is streamed by rank 0.
+
+    Args:
+        sources: open files; a streamed one only on rank 0, None elsewhere.
+        boxes: what every rank owns of each streamed input.
+    """
+
+    sources: dict[str, Source | None]
+    boxes: dict[str, Sequence[Any]]
+
+    def load(self, name: str, portions: Sequence[Portion]) -> None:
+        """See `runtime.feeds.Feed`."""
+        (portion,) = portions
+        if name in self.boxes:
+            self._stream(name, portion)
+            return
+        source = self.sources[name]
+        assert source is not None
+        portion.tensor.copy_(torch.from_numpy(source.read(portion.slices)))
+
+    def _stream(self, name: str, portion: Portion) -> None:
+        if portion.rank != 0:
+            self._receive(portion)
+            return
+        source = self.sources[name]
+        assert source is not None
+        for start, values in source.slabs():
+            for rank, part in slab_parts(start, values, self.boxes[name]):
+                if rank == 0:
+                    fill_from_slab(portion, start, values)
+                else:
+                    _send(rank, np.maximum(start, [i.start for i in self.boxes[name][rank].intervals()]), part)
+        for rank in range(1, dist.get_world_size()):
+            _send(rank, np.zeros(portion.tensor.dim(), np.int64), None)
+
+    def _receive(self, portion: Portion) -> None:
+        axes = portion.tensor.dim()
+        while True:
+            head = torch.zeros(2 * axes, dtype=torch.int64)
+            dist.recv(head, 0)
+            start, shape = head[:axes].tolist(), head[axes:].tolist()
+            if not any(shape):
+                return
+            part = torch.empty(shape, dtype=portion.tensor.dtype)
+            dist.recv(part.view(-1).view(torch.uint8), 0)
+            fill_from_slab(portion, start, part.numpy())
+
+
+def _send(rank: int, start: Any, part: np.ndarray[Any, Any] | None) -> None:
+    shape = [0] * len(start) if part is None else list(part.shape)
+    dist.send(torch.tensor([*map(int, start), *shape], dtype=torch.int64), rank)
+    if part is not None:
+        dist.send(torch.from_numpy(part).view(-1).view(torch.uint8), rank)

@@ -1,0 +1,138 @@
+"""One rank of a distributed run: its program over files, however the process was started."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from partitioner import dialect
+from partitioner.errors import ExecutionError, PartitionError
+from partitioner.geometry import Box
+from partitioner.lifetime import find_lifetimes
+from runtime.executor import Executor, Progress, make_shards
+from runtime.feeds import FileDrain
+from runtime.group import Place, SharedFeed, agree
+from runtime.monitor import PeakMemory
+from runtime.program import localise
+from runtime.transports.distributed import Distributed
+from runtime.volumes import PartFile, Source, open_part, open_source
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """An array in a file: the member's name where a file holds several."""
+
+    path: str
+    member: str | None = None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run.
+
+    Args:
+        inputs: per input of the model.
+        streamed: inputs whose file can only be read from its start to its end.
+        outputs: per output, the prepared part file (as JSON) and the array's name in it.
+    """
+
+    inputs: Mapping[str, FileRef]
+    streamed: frozenset[str]
+    outputs: Mapping[str, tuple[str, str | None]]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank measured in one run.
+
+    Args:
+        sent_bytes, messages: payload counted at the transport.
+        peak_bytes: most memory above what was in use before the run.
+        seconds: wall time of the steps.
+    """
+
+    rank: int
+    sent_bytes: int
+    messages: int
+    peak_bytes: int
+    seconds: float
+
+
+class RankRunner:
+    """Keeps one rank's weights and program from run to run."""
+
+    def __init__(self, model: ir.Model, place: Place, device: torch.device) -> None:
+        self.place = place
+        self.device = device
+        lifetimes = find_lifetimes(model)
+        self._program = localise(model, place.rank, lifetimes)
+        self._transport = Distributed(device)
+        self._executor = Executor(make_shards([self._program], [device]), self._transport)
+        self._dtypes = {str(v.name): v.dtype for v in model.graph.inputs}
+        mesh = dialect.get_mesh(model)
+        self._boxes: dict[str, Sequence[Box]] = {
+            str(v.name): [dialect.get_layout(v).box(mesh.coordinates(r)) for r in mesh] for v in model.graph.inputs}
+
+    def run(self, files: RunFiles, progress: Progress | None = None) -> RankReport:
+        """Run once over files.
+
+        Raises:
+            PartitionError: on every rank, when any rank cannot open its files.
+            ExecutionError: when a peer is gone or a disk is full.
+        """
+        with contextlib.ExitStack() as stack:
+            sources, writers = self._open(files, stack)
+            boxes = {name: self._boxes[name] for name in files.streamed}
+            before = dict(self._transport.traffic.sent), dict(self._transport.traffic.messages)
+            start = time.perf_counter()
+            with PeakMemory(self.device) as memory:
+                self._executor.run(SharedFeed(sources, boxes), FileDrain(writers), progress)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - start
+        rank, traffic = self.place.rank, self._transport.traffic
+        return RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
+                          traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds)
+
+    def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[dict[str, Source | None], dict[str, object]]:
+        """Open everything, or tell all ranks that it cannot be."""
+        problem: str | None = None
+        sources: dict[str, Source | None] = {}
+        writers: dict[str, object] = {}
+        try:
+            for name, ref in files.inputs.items():
+                mine = name not in files.streamed or self.place.rank == 0
+                sources[name] = stack.enter_context(self._source(name, ref)) if mine else None
+            for name, (part, member) in files.outputs.items():
+                writers[name] = (stack.enter_context(open_part(PartFile.from_json(part))), member)
+        except PartitionError as error:
+            problem = str(error)
+        agree(problem)
+        return sources, writers
+
+    def _source(self, name: str, ref: FileRef) -> Source:
+        dtype = self._dtypes[name]
+        assert dtype is not None
+        return open_source(ref.path, ref.member, dtype.numpy())
+
+
+def guarded(work: Callable[[], RankReport], rank: int) -> RankReport:
+    """Run, turning the errors of torch and of the system into one line.
+
+    Raises:
+        ExecutionError: instead of out-of-memory and system errors.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        line = str(error).splitlines()[0]
+        raise ExecutionError(f"rank {rank}: out of device memory ({line[:160]}); use more shards") from None
+    except MemoryError:
+        raise ExecutionError(f"rank {rank}: out of memory; use more shards or another host") from None
+    except OSError as error:
+        raise ExecutionError(f"rank {rank}: {error.strerror or error}") from None

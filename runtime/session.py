@@ -1,0 +1,220 @@
+"""Sessions: a plan made ready to run, in this process or in one process per rank."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from partitioner import dialect
+from partitioner.lifetime import find_lifetimes
+from partitioner.ops.dtypes import torch_dtype
+from runtime.executor import Executor, Progress, make_shards
+from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed
+from runtime.group import check_device
+from runtime.launcher import RankPool
+from runtime.monitor import PeakMemory
+from runtime.program import localise
+from runtime.rank import FileRef, RankReport, RunFiles
+from runtime.transports.lockstep import Lockstep
+from runtime.volumes import ArraySpec, PartFile, create_sink, open_part, open_source
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run measured.
+
+    Args:
+        ranks: per rank.
+        seconds: wall time, loading and storing included.
+        peak_bytes: for lock-step the peak of the whole process; else the largest rank's.
+    """
+
+    ranks: tuple[RankReport, ...]
+    seconds: float
+    peak_bytes: int
+
+
+class Runner(Protocol):
+    """Runs one plan on arrays or on files."""
+
+    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
+        """Whole inputs to whole outputs, in host memory."""
+        ...
+
+    def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
+        """From files into prepared part files."""
+        ...
+
+    @property
+    def report(self) -> RunReport | None:
+        """Figures of the last run."""
+        ...
+
+    def switch(self, model: ir.Model) -> Runner:
+        """A runner of the same kind for another plan on the same mesh; this one is used up."""
+        ...
+
+    def close(self) -> None:
+        """Give back processes and memory."""
+        ...
+
+
+class LockstepRunner:
+    """All ranks in this process, on the given devices in turn.
+
+    Args:
+        poison: fill new buffers with NaN, so that a cell that nobody wrote is seen.
+    """
+
+    def __init__(self, model: ir.Model, device: str = "cpu", poison: bool = False) -> None:
+        mesh, lifetimes = dialect.get_mesh(model), find_lifetimes(model)
+        devices = [check_device(name) for name in device.split(",")]
+        programs = [localise(model, rank, lifetimes) for rank in mesh]
+        self._model = model
+        self._options = (device, poison)
+        self._devices = [devices[rank % len(devices)] for rank in mesh]
+        self.transport = Lockstep(mesh.size)
+        self._executor = Executor(make_shards(programs, self._devices, poison), self.transport)
+        self.report: RunReport | None = None
+
+    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
+        """See `Runner`."""
+        results = {str(v.name): torch.empty(dialect.shape_of(v), dtype=torch_dtype(v.dtype))
+                   for v in self._model.graph.outputs if v.dtype is not None}
+        self._run(ArrayFeed(arrays), ArrayDrain(results), progress)
+        return results
+
+    def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
+        """See `Runner`."""
+        with contextlib.ExitStack() as stack:
+            sources = {}
+            for value in self._model.graph.inputs:
+                ref = files.inputs[str(value.name)]
+                assert value.dtype is not None
+                source = open_source(ref.path, ref.member, value.dtype.numpy())
+                sources[str(value.name)] = stack.enter_context(source)
+            writers = {name: (stack.enter_context(open_part(PartFile.from_json(part))), member)
+                       for name, (part, member) in files.outputs.items()}
+            self._run(FileFeed(sources), FileDrain(writers), progress)
+
+    def _run(self, feed: Feed, drain: Drain, progress: Progress | None) -> None:
+        traffic = self.transport.traffic
+        before = dict(traffic.sent), dict(traffic.messages)
+        start = time.perf_counter()
+        with PeakMemory(self._devices[0]) as memory:
+            self._executor.run(feed, drain, progress)
+            for device in {d for d in self._devices if d.type == "cuda"}:
+                torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        ranks = tuple(
+            RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
+                       traffic.messages.get(rank, 0) - before[1].get(rank, 0), 0, seconds)
+            for rank in self.transport.ranks)
+        self.report = RunReport(ranks, seconds, memory.rise)
+
+    def switch(self, model: ir.Model) -> LockstepRunner:
+        """See `Runner`."""
+        self.close()
+        return LockstepRunner(model, *self._options)
+
+    def close(self) -> None:
+        """See `Runner`."""
+        self._executor.shards = ()
+
+
+class PoolRunner:
+    """One process per rank on this host."""
+
+    def __init__(self, model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None) -> None:
+        self._model = model
+        if device != "cpu":
+            for name in device.split(","):
+                check_device(name)
+        self.pool = RankPool(dialect.get_mesh(model).size, backend, device, threads)
+        self.report: RunReport | None = None
+        try:
+            self.pool.load(model)
+        except BaseException:
+            self.pool.kill()
+            raise
+
+    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
+        """See `Runner`; the arrays travel through files in shared memory where there is room."""
+        with tempfile.TemporaryDirectory(prefix="partitioner-", dir=_roomy_folder(arrays, self._model)) as folder:
+            inputs = {name: FileRef(str(_put(Path(folder) / f"in{i}.npy", array)))
+                      for i, (name, array) in enumerate(arrays.items())}
+            sinks = {str(v.name): create_sink(Path(folder) / f"out{i}.npy", [_spec(v)])
+                     for i, v in enumerate(self._model.graph.outputs)}
+            for sink in sinks.values():
+                sink.prepare()
+            outputs = {name: (sink.part.to_json(), None) for name, sink in sinks.items()}
+            self.run_files(RunFiles(inputs, frozenset(), outputs), progress)
+            return {str(v.name): _take(sinks[str(v.name)].part, v) for v in self._model.graph.outputs}
+
+    def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
+        """See `Runner`."""
+        start = time.perf_counter()
+        reports = self.pool.run(files, progress)
+        self.report = RunReport(tuple(reports), time.perf_counter() - start, max(r.peak_bytes for r in reports))
+
+    def switch(self, model: ir.Model) -> PoolRunner:
+        """See `Runner`; the processes stay."""
+        self._model = model
+        self.pool.load(model)
+        return self
+
+    def close(self) -> None:
+        """See `Runner`."""
+        self.pool.close()
+
+
+def _spec(value: ir.Value) -> ArraySpec:
+    assert value.dtype is not None
+    name = "bfloat16" if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
+    return ArraySpec(str(value.name), dialect.shape_of(value), name)
+
+
+def _put(path: Path, array: Any) -> Path:
+    found = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    np.save(path, found)
+    return path
+
+
+def _take(part: PartFile, value: ir.Value) -> torch.Tensor:
+    """A result that the ranks have written; the file goes, the memory stays."""
+    ((_, raw),) = part.arrays
+    assert value.dtype is not None
+    array = np.fromfile(part.temporary, dtype=raw.dtype, offset=raw.offset).reshape(raw.shape)
+    return torch.from_numpy(array).to(torch_dtype(value.dtype))
+
+
+def _roomy_folder(arrays: Mapping[str, Any], model: ir.Model) -> str | None:
+    """Shared memory when everything fits twice; the system's folder for temporary files otherwise."""
+    import math
+    import shutil
+
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        return None
+    sizes = [math.prod(dialect.shape_of(v)) * v.dtype.itemsize
+             for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype is not None]
+    return str(shared) if shutil.disk_usage(shared).free > 2 * sum(sizes) else None
+
+
+def make_runner(model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None,
+                poison: bool = False) -> Runner:
+    """A runner by the backend's name: lockstep, gloo or nccl."""
+    if backend == "lockstep":
+        return LockstepRunner(model, device, poison)
+    return PoolRunner(model, backend, device, threads)
+
+

@@ -1,0 +1,100 @@
+"""The process of one rank that the launcher starts: obeys its pipe, and ends when the pipe does.
+
+Messages in:  ("plan", path), ("run", RunFiles), ("close",)
+Messages out: ("ready",), ("progress", done, count, name), ("done", RankReport), ("error", kind, text)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from partitioner.errors import ExecutionError, PartitionError
+
+
+def main() -> int:
+    """Serve the launcher until it closes the pipe; the arguments are one JSON object."""
+    options = json.loads(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+    _die_with(options["parent"])
+    pipe: Connection[Any, Any] = Connection(options["pipe"])
+    try:
+        return _serve(pipe, options)
+    except PartitionError as error:
+        pipe.send(("error", "user", str(error)))
+    except ExecutionError as error:
+        pipe.send(("error", "run", str(error)))
+    except (EOFError, BrokenPipeError):
+        pass
+    except Exception as error:
+        line = (str(error).strip().splitlines() or ["no reason given"])[0]
+        pipe.send(("error", "bug", f"rank {options['rank']}: {type(error).__name__}: {line[:200]}"))
+        if os.environ.get("PARTITIONER_TRACEBACK"):
+            raise
+    return 1
+
+
+def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
+    import torch
+
+    from partitioner.loader import load_file
+    from runtime.group import Place, join, leave, rank_device
+    from runtime.rank import RankRunner, guarded
+
+    place = Place(options["rank"], options["size"], options["rank"])
+    device = rank_device(options["device"], place)
+    torch.set_num_threads(options["threads"])
+    join(place, options["backend"], options["rendezvous"])
+    runner: RankRunner | None = None
+    pipe.send(("ready",))
+    while True:
+        request = pipe.recv()
+        if request[0] == "close":
+            leave()
+            return 0
+        if request[0] == "plan":
+            runner = RankRunner(load_file(Path(request[1])), place, device)
+            pipe.send(("ready",))
+            continue
+        assert runner is not None
+        loaded, files = runner, request[1]
+        report = _Reporter(pipe) if place.rank == 0 else None
+        pipe.send(("done", guarded(lambda: loaded.run(files, report), place.rank)))
+
+
+class _Reporter:
+    """Tells the launcher how far the run is, ten times a second at most."""
+
+    def __init__(self, pipe: Connection[Any, Any]) -> None:
+        self._pipe = pipe
+        self._next = 0.0
+
+    def __call__(self, done: int, count: int, name: str) -> None:
+        now = time.monotonic()
+        if now >= self._next or done == count:
+            self._next = now + 0.1
+            self._pipe.send(("progress", done, count, name))
+
+
+def _die_with(parent: int) -> None:
+    """End this process when the launcher is gone, even in the middle of an exchange."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a peer that waits in an exchange learns at once that we are gone
