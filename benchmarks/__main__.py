@@ -35,8 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     output = options.output or Path("benchmark-results") / f"{suite.name}-{stamp}.json"
     chosen = Options(
-        repeats=_at_least_one("--repeats", options.repeats),
-        threads=_at_least_one("--threads", options.threads),
+        repeats=_at_least(1, "--repeats", options.repeats),
+        threads=_at_least(1, "--threads", options.threads),
         timeout=options.timeout,
         output=output,
     )
@@ -60,15 +60,15 @@ def _demo(options: argparse.Namespace) -> int:
         workdir=options.workdir,
         size=parse_size(options.size),
         shards=options.shards,
-        base=_at_least_one("--base", options.base),
-        train_steps=options.train_steps,
+        base=_at_least(1, "--base", options.base),
+        train_steps=_at_least(0, "--train-steps", options.train_steps),
     )
     return run_demo(demo, Console())
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise UsageError(f"{name} {value}: at least 1 is needed")
+def _at_least(least: int, name: str, value: int) -> int:
+    if value < least:
+        raise UsageError(f"{name} {value}: at least {least} is needed")
     return value
 
 

@@ -201,7 +201,7 @@ def _show(demo: Demo, scan: Phantom) -> tuple[Path, Path]:
         CLASS_NAMES,
         cuts,
         np.linalg.norm(scan.affine[:3, :3], axis=0).tolist(),
-        f"3D U-Net on {_times(demo.size)} voxels, {shards} processes ({demo.shards}), dashed: where they meet",
+        f"3D U-Net on {_times(demo.size)} voxels, {shards} processes ({demo.shards}); dashed: their borders",
     )
     return picture, segmentation
 

@@ -168,6 +168,8 @@ def export(
 
     Raises:
         OSError: when the path cannot be written.
+        torch.onnx.OnnxExporterError: for a 1D max pool with dynamic axes by "dynamo" (torch.export keeps its
+            extent fixed); the tracer can.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

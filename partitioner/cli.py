@@ -238,8 +238,10 @@ def _prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
 
 def _run(options: argparse.Namespace) -> int:
     from partitioner.files import FileRun, name_files
+    from runtime.allocator import keep_memory_tight
     from runtime.group import place_from_environment
 
+    keep_memory_tight()
     plan, inputs = _prepare_files(options)
     outputs = name_files(_assignments(options.output), [str(v.name) for v in plan.model.graph.outputs], "output")
     place = place_from_environment()
@@ -275,7 +277,9 @@ def vars_of(record: Any) -> dict[str, Any]:
 
 def _verify(options: argparse.Namespace) -> int:
     from partitioner.verify import verify
+    from runtime.allocator import keep_memory_tight
 
+    keep_memory_tight()
     arrays: dict[str, Any] | None = None
     if options.input:
         plan, files = _prepare_files(options)

@@ -97,8 +97,11 @@ def covers(outer: Pieces, inner: Pieces) -> bool:
     return all(any(o.contains(i) for o in outer) for i in inner)
 
 
-def local_slices(held: Pieces, wanted: Pieces) -> tuple[slice, ...]:
-    """Where `wanted` lies within a buffer that stores `held` side by side, as few slices as possible.
+def local_slices(held: Pieces, wanted: Pieces, joined: bool = True) -> tuple[slice, ...]:
+    """Where `wanted` lies within a buffer that stores `held` side by side.
+
+    Slices that touch are joined, or there is one per wanted piece: sender and receiver of a message, whose
+    buffers hold different cells, then list the same ones.
 
     held 0:3 7:9, wanted 2:3 7:8  ->  (slice(2, 4),)
 
@@ -115,7 +118,7 @@ def local_slices(held: Pieces, wanted: Pieces) -> tuple[slice, ...]:
         else:
             raise ValueError(f"cells {want} are not among {format_pieces(held)}")
         begin = offset + want.start - have.start
-        if found and found[-1].stop == begin:
+        if joined and found and found[-1].stop == begin:
             found[-1] = slice(found[-1].start, begin + len(want))
         else:
             found.append(slice(begin, begin + len(want)))

@@ -10,15 +10,13 @@ the sources give, every cell of the grid is one Slice, and rows of cells are joi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from partitioner.dialect import DOMAIN
-from partitioner.exchange import RankExchange
-from partitioner.geometry import Box, Interval, Pieces, local_slices
-from partitioner.mesh import Mesh
+from partitioner.geometry import Box, Interval, Pieces, extent, local_slices
 from partitioner.ops.emitter import Emitter, Scope
 
 
@@ -72,79 +70,47 @@ def _cut(emitter: Emitter, source: Source, cell: Box) -> str:
     return emitter.crop(source.name, spans)
 
 
-def exchange_body(part: RankExchange, rank: int, owned: Callable[[int], Box], target: Box,
-                  opset: int) -> tuple[tuple[int, ...], ir.Function]:
-    """What one rank does in an exchange: the ranks whose shards it reads, its own first, and the function.
+def recipe(target: Box, sources: Sequence[Source]) -> Hashable:
+    """What `assemble` does, in local positions: equal recipes have equal bodies."""
+    return len(target.axes), tuple(
+        tuple(_place(h, t, taken) for h, t, taken in zip(s.held, target, s.taken, strict=True)) for s in sources
+    )
 
-    Args:
-        owned: the cells that a rank owns.
-        target: the cells that this rank needs.
-    """
-    taken = {rank: part.keep} if part.keep else {}
-    taken |= {t.source: t.box for t in part.receives}
+
+def _place(held: Pieces, target: Pieces, taken: Pieces) -> Hashable:
+    """Where a source's cells lie along one axis, before and after; None where all of it is taken for all."""
+    before, after = (tuple((p.start, p.stop) for p in local_slices(h, taken)) for h in (held, target))
+    uncut = before == ((0, extent(held)),) and after == ((0, extent(target)),)
+    return None if uncut else (extent(held), before, after)
+
+
+def exchange_body(target: Box, sources: Sequence[Source], opset: int) -> ir.Function:
+    """A function of the sources' shards that yields the cells of `target`."""
     scope = Scope(opset)
-    inputs = [ir.Value(name=f"x{i}") for i in range(len(taken))]
-    sources = [Source(scope.add(value), owned(peer), box)
-               for value, (peer, box) in zip(inputs, taken.items(), strict=True)]
-    emitter = Emitter(scope, "")
-    result = assemble(emitter, target, sources)
-    return tuple(taken), _function(scope, inputs, [result])
+    inputs = [ir.Value(name=f"x{i}") for i in range(len(sources))]
+    own = [Source(scope.add(v), s.held, s.taken) for v, s in zip(inputs, sources, strict=True)]
+    return _function(scope, inputs, [assemble(Emitter(scope, ""), target, own)])
 
 
-def _function(scope: Scope, inputs: Sequence[ir.Value], results: Sequence[str]) -> ir.Function:
-    """A function of the nodes of a scope; its name is given later."""
-    emitter = Emitter(scope, "result/")
-    copied = [emitter.op("Identity", [n]) if scope.values[n] in inputs else n for n in results]
-    outputs = [scope.values[name] for name in copied]
-    nodes: list[ir.Node] = []
-    for value in scope.initializers:  # functions have no initialisers
-        assert value.const_value is not None
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)],
-                       outputs=[ir.Value(name=value.name)])
-        value.replace_all_uses_with(node.outputs[0])
-        nodes.append(node)
-    graph = ir.Graph(list(inputs), outputs, nodes=[*nodes, *scope.nodes], opset_imports={"": scope.opset})
-    return ir.Function(DOMAIN, "body", graph=graph, attributes=[])
-
-
-Present = Callable[[int], bool]
-
-
-def merge_body(kind: str, width: int, dtype: ir.DataType, members: Sequence[int], present: Present, mesh: Mesh,
-               names: Sequence[str], opset: int) -> tuple[tuple[int, ...], ir.Function]:
-    """What a rank does in an all-reduce: the ranks whose partials it reads, in order, and the function.
-
-    Partials merge in rank order along one mesh axis after the other, the same way on every rank, so that
-    all have the same bits.  Ranks without cells take no part.
+def merge_body(kind: str, width: int, dtype: ir.DataType, count: int, opset: int) -> ir.Function:
+    """A function of `count` partial results that merges them in the order given.
 
     Args:
+        kind: sum, max, min or moments.
         width: tensors per partial result (3 for moments).
-        dtype: element type of the results.
-        members: the ranks that differ along the mesh axes `names` only.
+        dtype: element type of the result.
     """
-    ranks = tuple(rank for rank in members if present(rank))
     scope = Scope(opset)
     emitter = Emitter(scope, "")
-    inputs = {rank: [ir.Value(name=f"x{i}.{k}") for k in range(width)] for i, rank in enumerate(ranks)}
-    partials = {rank: [scope.add(v) for v in values] for rank, values in inputs.items()}
-    for name in names:
-        groups: dict[int, list[list[str]]] = {}
-        for rank, partial in sorted(partials.items()):
-            groups.setdefault(mesh.rank({**mesh.coordinates(rank), name: 0}), []).append(partial)
-        partials = {rank: _merge(emitter, kind, group, dtype) for rank, group in groups.items()}
-    (merged,) = partials.values()
-    return ranks, _function(scope, [v for rank in ranks for v in inputs[rank]], merged)
-
-
-def _merge(emitter: Emitter, kind: str, parts: Sequence[Sequence[str]], dtype: ir.DataType) -> list[str]:
-    result = list(parts[0])
-    for part in parts[1:]:
+    inputs = [[ir.Value(name=f"x{i}.{k}") for k in range(width)] for i in range(count)]
+    result, *others = [[scope.add(value) for value in partial] for partial in inputs]
+    for other in others:
         if kind == "moments":
-            result = _merge_moments(emitter, result, part, dtype)
+            result = _merge_moments(emitter, result, other, dtype)
         else:
             op_type = {"sum": "Add", "max": "Max", "min": "Min"}[kind]
-            result = [emitter.op(op_type, pair) for pair in zip(result, part, strict=True)]
-    return result
+            result = [emitter.op(op_type, pair) for pair in zip(result, other, strict=True)]
+    return _function(scope, [value for partial in inputs for value in partial], result)
 
 
 def _merge_moments(emitter: Emitter, left: Sequence[str], right: Sequence[str], dtype: ir.DataType) -> list[str]:
@@ -159,24 +125,36 @@ def _merge_moments(emitter: Emitter, left: Sequence[str], right: Sequence[str], 
     return [total, op("Add", [mean, op("Mul", [delta, share])]), op("Add", [op("Add", [m2, other_m2]), between])]
 
 
-@dataclass
+def _function(scope: Scope, inputs: Sequence[ir.Value], results: Sequence[str]) -> ir.Function:
+    """A function of the nodes of a scope; its name is given later."""
+    emitter = Emitter(scope, "result/")
+    copied = [emitter.op("Identity", [n]) if scope.values[n] in inputs else n for n in results]
+    outputs = [scope.values[name] for name in copied]
+    nodes: list[ir.Node] = []
+    for value in scope.initializers:  # functions have none of their own
+        assert value.const_value is not None
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)],
+                       outputs=[ir.Value(name=value.name)])
+        value.replace_all_uses_with(node.outputs[0])
+        nodes.append(node)
+    graph = ir.Graph(list(inputs), outputs, nodes=[*nodes, *scope.nodes], opset_imports={"": scope.opset})
+    return ir.Function(DOMAIN, "body", graph=graph, attributes=[])
+
+
 class Library:
     """Function bodies under names of their own; equal bodies are one function."""
 
-    functions: dict[bytes, ir.Function]
-    counts: dict[str, int]
+    def __init__(self) -> None:
+        self.functions: dict[tuple[str, Hashable], ir.Function] = {}
 
-    @classmethod
-    def empty(cls) -> Library:
-        """A library without functions."""
-        return cls({}, {})
+    def name_of(self, op_type: str, key: Hashable, build: Callable[[], ir.Function]) -> str:
+        """The name of a body, e.g. `HaloExchange_3`; it is built when its key is new.
 
-    def name_of(self, op_type: str, body: ir.Function) -> str:
-        """The name under which a body is known, e.g. `HaloExchange_3`."""
-        body.name = op_type
-        key = ir.serde.serialize_function(body).SerializeToString(deterministic=True)
-        if key not in self.functions:
-            self.counts[op_type] = self.counts.get(op_type, 0) + 1
-            body.name = f"{op_type}_{self.counts[op_type]}"
-            self.functions[key] = body
-        return self.functions[key].name
+        A function's overload would let all be called `HaloExchange`, but onnxruntime before 1.24 mixes
+        overloads up without an error.
+        """
+        if (op_type, key) not in self.functions:
+            count = sum(1 for known, _ in self.functions if known == op_type)
+            self.functions[op_type, key] = build()
+            self.functions[op_type, key].name = f"{op_type}_{count + 1}"
+        return self.functions[op_type, key].name

@@ -25,7 +25,7 @@ from partitioner.errors import refuse_all
 from partitioner.layout import AxisLayout, Cuts, Layout, even_cuts, follow_cuts
 from partitioner.mesh import Mesh, spatial_names
 from partitioner.ops.base import Need
-from partitioner.ops.nodes import operator_of
+from partitioner.ops.nodes import needs_of, operator_of
 from passes.base import Check, Pass
 from passes.checks import COVER, KNOWN, LAID_OUT, STATIC
 
@@ -69,8 +69,8 @@ class AssignShards(Pass):
 def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[str, list[AxisLayout | None]]:
     """How the inputs' batch and spatial axes lie on the mesh.
 
-    The user's cuts hold for the inputs of their extent, other inputs get even ones; an axis of one cell
-    beside longer ones (a vector that is broadcast) is not split.
+    The user's cuts hold for the inputs of their extent, other inputs get even ones; an input with fewer
+    cells than ranks (a vector that is broadcast) is not split if another one has enough.
 
     Raises:
         PartitionError: when an axis of the mesh finds no axis to split, or has more ranks than there are cells.
@@ -88,7 +88,7 @@ def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[
             problems.append(f"mesh axis {name}={count}: no input has such an axis ({ranks}); "
                             f"use the axes {', '.join(_all_names(model)) or 'of another model'}")
         given = cuts.get(name)
-        for value, axis, n in [p for p in places if p[2] > 1] or places:
+        for value, axis, n in [p for p in places if p[2] >= count] or places:
             fits = given is not None and (given[-1:] == (n,) or all(given[-1:] != (m,) for _, _, m in places))
             chosen = given if given is not None and fits else even_cuts(n, count)
             problem = _cuts_problem(value, axis, n, name, count, chosen)
@@ -149,7 +149,7 @@ def _needs(node: ir.Node, output: int) -> list[tuple[ir.Value, int, Need]]:
         return []
     return [
         (value, axis, need)
-        for value, needs in zip(node.inputs, operator.needs(output), strict=False)
+        for value, needs in zip(node.inputs, needs_of(node, output), strict=False)
         if value is not None and needs is not None and value.const_value is None
         for axis, need in enumerate(needs)
     ]

@@ -4,6 +4,7 @@
     x (1, 1, D, H, W)                                x (1, 1, 121, 160, 143)
     y = Dropout(Identity(x))                         y = x
     z = Resize(y, Concat(Shape(y)...))               z = Resize(y, constant)
+    p = MaxPool(z)  ceil_mode=1                      p = MaxPool(z)  pads=[0, 0, 0, 0, 0, 1]
 
 Extents come from the operators' maps; the file's own annotations are replaced.
 """
@@ -20,13 +21,15 @@ import onnx_ir.passes.common as library
 from partitioner import dialect
 from partitioner.errors import PartitionError, refuse_all
 from partitioner.ops.base import Unsupported
-from partitioner.ops.nodes import operator_of
+from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.registry import lookup
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.fold import Folder
 
 Shapes = Mapping[str, Sequence[int]]
+
+_SHORTHANDS = ("auto_pad", "ceil_mode", "output_shape")
 
 
 class ShapeError(PartitionError):
@@ -52,6 +55,7 @@ class Canonicalize(Pass):
         problems = infer_and_fold(model)
         refuse_all(problems)
         _drop_copies(model)
+        _spell_out(model)
         library.RemoveUnusedNodesPass()(model)
         _name_nodes(model.graph)
 
@@ -215,6 +219,20 @@ def _keep_used_constants(model: ir.Model) -> None:
     used = {v for n in graph for v in n.inputs if v is not None}
     for name in [n for n, v in graph.initializers.items() if v not in used and not v.is_graph_output()]:
         del graph.initializers[name]
+
+
+def _spell_out(model: ir.Model) -> None:
+    """Plain padding in place of auto_pad, ceil_mode and output_shape: shape inference misjudges some of these."""
+    for node in model.graph:
+        shorthand = [name for name in _SHORTHANDS if node.attributes.get(name) is not None]
+        explicit = operator_of(node).explicit if shorthand else None
+        if explicit is None:
+            continue
+        for name in shorthand:
+            del node.attributes[name]
+        for name, values in explicit.items():
+            node.attributes[name] = ir.AttrInt64s(name, values)
+        forget(node)
 
 
 def _drop_copies(model: ir.Model) -> None:

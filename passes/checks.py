@@ -11,7 +11,7 @@ from partitioner.exchange import plan_exchange
 from partitioner.geometry import covers, span
 from partitioner.layout import Layout
 from partitioner.ops.base import Unsupported
-from partitioner.ops.nodes import needed_layout, operator_of, tensor_type
+from partitioner.ops.nodes import data_needs, operator_of, tensor_type
 from passes.base import Check
 
 
@@ -88,9 +88,8 @@ def _agree(model: ir.Model) -> Iterator[str]:
     for node in compute_nodes(model):
         if _reduces_sharded(node):
             continue
-        for index, value in enumerate(node.inputs):
-            want = None if value is None else needed_layout(node, index)
-            if value is not None and want is not None and not same_mesh_axes(dialect.get_layout(value), want):
+        for _, value, want in data_needs(node):
+            if not same_mesh_axes(dialect.get_layout(value), want):
                 yield f"{node.name} needs {value.name} as {want}, it is {dialect.get_layout(value)}"
 
 
@@ -120,9 +119,8 @@ def _split(model: ir.Model) -> Iterator[str]:
 
 def _met(model: ir.Model) -> Iterator[str]:
     for node in compute_nodes(model):
-        for index, value in enumerate(node.inputs):
-            want = None if value is None else needed_layout(node, index)
-            if value is not None and want is not None and not holds(dialect.get_layout(value), want):
+        for _, value, want in data_needs(node):
+            if not holds(dialect.get_layout(value), want):
                 yield f"{node.name} needs {value.name} as {want}, it is {dialect.get_layout(value)}"
 
 

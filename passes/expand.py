@@ -26,7 +26,7 @@ from partitioner.exchange import plan_exchange
 from partitioner.geometry import Box
 from partitioner.ops.emitter import Emitter, Scope
 from partitioner.ops.nodes import input_box, operator_of
-from passes.assembly import Library, Source, assemble, exchange_body, merge_body
+from passes.assembly import Library, Source, assemble, exchange_body, merge_body, recipe
 from passes.base import Check, Pass
 from passes.checks import ALL, MET, SPLIT
 
@@ -74,7 +74,7 @@ class _Expansion:
         self.places = [self.mesh.coordinates(rank) for rank in self.mesh]
         self.devices = ir.ModelConfiguration("devices", self.mesh.size, tuple(f"rank{r}" for r in self.mesh))
         self.scope = Scope(plan.graph.opset_imports[""])
-        self.library = Library.empty()
+        self.library = Library()
         self.shards: dict[tuple[str, int], str] = {}
         """(value of the plan, rank) -> name of the rank's tensor; nothing where the rank holds no cell."""
         self.parts: dict[tuple[str, int, Box], str] = {}
@@ -87,8 +87,7 @@ class _Expansion:
             elif value.producer() is not None:  # keeps the name free for the whole output
                 self.scope.add(ir.Value(name=value.name))
         for node in self.plan.graph:
-            for rank in self.mesh:
-                self._visit(node, rank)
+            self._visit(node)
         outputs = [self._output(value) for value in self.plan.graph.outputs]
         return self._finish(inputs, outputs)
 
@@ -153,14 +152,17 @@ class _Expansion:
             specs = tuple(ir.ShardingSpec(value=value, device=(rank,)) for value in node.outputs)
             node.device_configurations = (ir.NodeDeviceConfiguration(self.devices, specs),)
 
-    def _visit(self, node: ir.Node, rank: int) -> None:
-        emitter = Emitter(self.scope, f"{node.name}@{rank}/", node)
-        if dialect.is_exchange(node):
-            results = self._exchange(emitter, node, rank)
-        elif dialect.is_all_reduce(node):
-            results = self._all_reduce(emitter, node, rank)
-        else:
-            results = self._compute(emitter, node, rank)
+    def _visit(self, node: ir.Node) -> None:
+        if dialect.is_all_reduce(node):
+            self._all_reduce(node)
+            return
+        for rank in self.mesh:
+            emitter = Emitter(self.scope, f"{node.name}@{rank}/", node)
+            act = self._exchange if dialect.is_exchange(node) else self._compute
+            self._settle(emitter, node, rank, act(emitter, node, rank))
+
+    def _settle(self, emitter: Emitter, node: ir.Node, rank: int, results: Sequence[str]) -> None:
+        """Let a rank's results be its shards of the node's outputs."""
         for value, result in zip(node.outputs, results, strict=False):
             self._bind(value, rank, result)
         if results:
@@ -200,23 +202,35 @@ class _Expansion:
         box = self._box(target, rank)
         if not box:
             return ()
-        plan = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target))
-        ranks, body = exchange_body(plan.for_rank(rank), rank, lambda peer: self._box(source, peer), box,
-                                    self.scope.opset)
-        name = self.library.name_of(node.op_type, body)
-        return emitter.call(name, [self.shards[str(source.name), r] for r in ranks], domain=dialect.DOMAIN)
+        part = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target)).for_rank(rank)
+        taken = ({rank: part.keep} if part.keep else {}) | {t.source: t.box for t in part.receives}
+        sources = [Source(self.shards[str(source.name), peer], self._box(source, peer), cells)
+                   for peer, cells in taken.items()]
+        name = self.library.name_of(node.op_type, recipe(box, sources),
+                                    lambda: exchange_body(box, sources, self.scope.opset))
+        return emitter.call(name, [s.name for s in sources], domain=dialect.DOMAIN)
 
-    def _all_reduce(self, emitter: Emitter, node: ir.Node, rank: int) -> Sequence[str]:
-        kind, names = dialect.all_reduce_kind(node)
+    def _all_reduce(self, node: ir.Node) -> None:
+        """Along one mesh axis after the other, every rank merges its group's partials in rank order."""
+        kind, axes = dialect.all_reduce_kind(node)
         values = [value for value in node.inputs if value is not None]
-        if not all(self._box(value, rank) for value in node.outputs):
-            return ()
-        here = self.places[rank]
-        members = [r for r in self.mesh if all(self.places[r][n] == here[n] for n in here if n not in names)]
-        dtype = values[-1].dtype
+        emitters = {rank: Emitter(self.scope, f"{node.name}@{rank}/", node) for rank in self.mesh}
+        partials = {rank: [self.shards[str(value.name), rank] for value in values]
+                    for rank in self.mesh if (str(values[0].name), rank) in self.shards}
+        for axis in axes:
+            groups = {rank: [r for r in self._group(rank, axis) if r in partials] for rank in self.mesh}
+            partials = {rank: self._merge(emitters[rank], node, kind, [partials[r] for r in group])
+                        for rank, group in groups.items() if group}
+        for rank, emitter in emitters.items():
+            self._settle(emitter, node, rank, partials.get(rank, ()))
+
+    def _group(self, rank: int, axis: str) -> Sequence[int]:
+        """The ranks that differ from this one along one mesh axis only, itself included."""
+        return [self.mesh.rank({**self.places[rank], axis: i}) for i in range(self.mesh.count(axis))]
+
+    def _merge(self, emitter: Emitter, node: ir.Node, kind: str, parts: Sequence[Sequence[str]]) -> Sequence[str]:
+        dtype, width, count = node.outputs[-1].dtype, len(parts[0]), len(parts)
         assert dtype is not None
-        ranks, body = merge_body(kind, len(values), dtype, members,
-                                 lambda r: (str(values[0].name), r) in self.shards, self.mesh, names, self.scope.opset)
-        name = self.library.name_of(node.op_type, body)
-        partials = [self.shards[str(value.name), r] for r in ranks for value in values]
-        return emitter.call(name, partials, outputs=len(values), domain=dialect.DOMAIN)
+        name = self.library.name_of(node.op_type, (kind, width, dtype, count),
+                                    lambda: merge_body(kind, width, dtype, count, self.scope.opset))
+        return emitter.call(name, [n for part in parts for n in part], outputs=width, domain=dialect.DOMAIN)

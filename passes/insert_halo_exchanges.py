@@ -16,7 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.ops.nodes import needed_layout
+from partitioner.ops.nodes import data_needs
 from passes.base import Check, Pass
 from passes.checks import AGREE, EXCHANGES, MET, SPLIT, compute_nodes, holds
 from passes.rewrite import Namer
@@ -33,9 +33,8 @@ class InsertHaloExchanges(Pass):
     def apply(self, model: ir.Model) -> None:
         namer = Namer(model.graph)
         for node in list(compute_nodes(model)):
-            for index, value in enumerate(node.inputs):
-                want = None if value is None else needed_layout(node, index)
-                if value is None or want is None or holds(dialect.get_layout(value), want):
+            for index, value, want in list(data_needs(node)):
+                if holds(dialect.get_layout(value), want):
                     continue
                 exchange = dialect.new_exchange(dialect.HALO_EXCHANGE, value, want, namer(f"{value.name}/halo"))
                 model.graph.insert_before(node, exchange)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.layout import AxisLayout, Layout, even_cuts
-from partitioner.ops.nodes import needed_layout
+from partitioner.ops.nodes import data_needs
 from passes.base import Check, Pass
 from passes.checks import AGREE, COVER, KNOWN, LAID_OUT, compute_nodes, same_mesh_axes, sharded_reduction
 from passes.rewrite import Namer
@@ -34,11 +34,10 @@ class InsertReshards(Pass):
     def apply(self, model: ir.Model) -> None:
         namer = Namer(model.graph)
         for node in list(compute_nodes(model)):
-            if sharded_reduction(node):
-                continue
-            for index, value in enumerate(node.inputs):
-                want = None if value is None else needed_layout(node, index)
-                if value is None or want is None or same_mesh_axes(dialect.get_layout(value), want):
+            for index, value, want in list(data_needs(node)):
+                if index == 0 and sharded_reduction(node):
+                    continue
+                if same_mesh_axes(dialect.get_layout(value), want):
                     continue
                 target = _disjoint(dialect.get_layout(value), want)
                 reshard = dialect.new_exchange(dialect.RESHARD, value, target, namer(f"{value.name}/reshard"))

@@ -119,5 +119,10 @@ def _redirect(graph: ir.Graph, value: ir.Value, merged: ir.Node, members: list[i
 
 
 def _after(graph: ir.Graph, node: ir.Node) -> set[ir.Node]:
-    nodes = list(graph)
-    return set(nodes[nodes.index(node) + 1 :])
+    """The nodes that come after one in the graph's order."""
+    found: set[ir.Node] = set()
+    for other in reversed(graph):
+        if other is node:
+            break
+        found.add(other)
+    return found

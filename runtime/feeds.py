@@ -52,9 +52,8 @@ class ArrayFeed:
     def load(self, name: str, portions: Sequence[Portion]) -> None:
         """See `Feed`."""
         source = self.arrays[name]
-        tensor = source if isinstance(source, torch.Tensor) else torch.from_numpy(np.asarray(source))
         for portion in portions:
-            portion.tensor.copy_(tensor[portion.slices])
+            portion.tensor.copy_(as_tensor(source[portion.slices]))
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,15 @@ class FileDrain:
         """See `Drain`."""
         writer, member = self.writers[name]
         writer.write(portion.slices, to_numpy(portion.tensor), member)
+
+
+def as_tensor(values: Any) -> torch.Tensor:
+    """A tensor or array as a tensor; read-only and re-ordered arrays are copied."""
+    if isinstance(values, torch.Tensor):
+        return values
+    array = np.asarray(values)
+    plain = array.flags.writeable and all(step >= 0 for step in array.strides) and array.dtype.isnative
+    return torch.from_numpy(array if plain else array.astype(array.dtype.newbyteorder("="), order="C", copy=True))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -176,7 +176,7 @@ class _Localiser:
         first = all(self.here[name] == 0 for name in self.mesh.names if name not in layout.mesh_axes)
         return Step(Store(str(value.name), self._window(value), first), (), releases)
 
-    def _window(self, value: ir.Value, box: Box | None = None) -> Window:
+    def _window(self, value: ir.Value, box: Box | None = None, joined: bool = True) -> Window:
         """Cells of a value in its buffer; all that this rank owns unless a box is given."""
         name = str(value.name)
         if name in self.weights:
@@ -185,7 +185,7 @@ class _Localiser:
         buffer = self.lifetimes.buffer_of[name]
         owned = dialect.get_layout(value).box(self.here)
         held = self.boxes[buffer] if self.lifetimes.buffers[buffer].base is None else owned
-        return _place(buffer, held, owned if box is None else box)
+        return _place(buffer, held, owned if box is None else box, joined)
 
     def _action(self, node: ir.Node) -> Action:
         if dialect.is_exchange(node):
@@ -207,11 +207,13 @@ class _Localiser:
         plan = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target))
         part = plan.for_rank(self.rank)
         shared = self.lifetimes.buffer_of[str(source.name)] == self.lifetimes.buffer_of[str(target.name)]
-        keep = None if shared or not part.keep else (self._window(source, part.keep), self._window(target, part.keep))
+        keep = None
+        if part.keep and not shared:
+            keep = (self._window(source, part.keep, joined=False), self._window(target, part.keep, joined=False))
         return Exchange(
             str(node.name), self._window(source), self.lifetimes.buffer_of[str(target.name)], keep,
-            tuple(Message(t.target, (self._window(source, t.box),)) for t in part.sends),
-            tuple(Message(t.source, (self._window(target, t.box),)) for t in part.receives),
+            tuple(Message(t.target, (self._window(source, t.box, joined=False),)) for t in part.sends),
+            tuple(Message(t.source, (self._window(target, t.box, joined=False),)) for t in part.receives),
         )
 
     def _all_reduce(self, node: ir.Node) -> AllReduce:
@@ -228,7 +230,7 @@ def reduction_group(mesh: Mesh, rank: int, name: str) -> tuple[int, ...]:
     return tuple(mesh.rank({**here, name: i}) for i in range(mesh.count(name)))
 
 
-def _place(buffer: str, held: Box, wanted: Box) -> Window:
-    slices = tuple(local_slices(h, w) or (slice(0, 0),) for h, w in zip(held.axes, wanted.axes, strict=True))
+def _place(buffer: str, held: Box, wanted: Box, joined: bool = True) -> Window:
+    slices = tuple(local_slices(h, w, joined) or (slice(0, 0),) for h, w in zip(held.axes, wanted.axes, strict=True))
     return Window(buffer, wanted, slices)
 

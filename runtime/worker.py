@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.errors import ExecutionError, PartitionError
+from runtime.allocator import keep_memory_tight
 
 
 def main() -> int:
@@ -24,6 +25,7 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
     _die_with(options["parent"])
+    keep_memory_tight()
     pipe: Connection[Any, Any] = Connection(options["pipe"])
     try:
         return _serve(pipe, options)

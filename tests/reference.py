@@ -158,7 +158,7 @@ def _transposed_paddings(node: Node, steps: Sequence[tuple[int, ...]]) -> list[t
     for axis, (n, s, d, k, extra) in enumerate(steps):
         target = wanted[len(wanted) - count + axis] if wanted else None
         if target is None and auto.startswith("SAME"):
-            target = n * s
+            target = min(n * s, (n - 1) * s + extra + (k - 1) * d + 1)
         if target is None:
             found.append((given[axis], given[axis + count]) if auto == "NOTSET" else (0, 0))
             continue

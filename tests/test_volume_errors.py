@@ -66,19 +66,22 @@ def test_truncated_files(tmp_path: Path, ending: str, missing: float) -> None:
             pass
 
 
-def test_a_damaged_stream_is_noticed(tmp_path: Path) -> None:
-    for ending in (".nii.gz", ".npz"):
-        path = tmp_path / f"a{ending}"
-        if ending == ".npz":
-            np.savez_compressed(path, out=values(SHAPE))
-        else:
-            write_whole(path, values(SHAPE))
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 0x55
-        path.write_bytes(content)
-        with refused("damaged or cut short"), open_source(path) as source:
-            for _ in source.slabs():
-                pass
+@pytest.mark.parametrize("ending", [".nii.gz", ".npz"])
+@pytest.mark.parametrize("where", range(5, 100, 7))
+@pytest.mark.filterwarnings("ignore:.*encountered in cast:RuntimeWarning")
+def test_a_damaged_stream_is_noticed(tmp_path: Path, ending: str, where: int) -> None:
+    """Wherever the damage is, and also where it makes the data longer instead of shorter."""
+    path, array = tmp_path / f"a{ending}", np.random.default_rng(where).random(SHAPE)
+    if ending == ".npz":
+        np.savez_compressed(path, out=array)
+    else:
+        write_whole(path, array)
+    content = bytearray(path.read_bytes())
+    content[len(content) * where // 100] ^= 3
+    path.write_bytes(content)
+    with refused("damaged"), open_source(path) as source:
+        for _ in source.slabs():
+            pass
 
 
 def test_values_that_are_no_numbers(tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_processes_write_their_parts(tmp_path: Path, ending: str) -> None:
     [("bool", "bool", "uint8"), ("float16", "float16", "float32"), ("bfloat16", "float32", "float32")]
     + [(same, same, same) for same in ("int64", "float64", "int8", "uint16", ">i4")],
 )
-def test_types_are_stored_without_loss(tmp_path: Path, ending: str, dtype: str, plain: str, nifti: str) -> None:
+def test_types_are_stored_without_loss(
+    tmp_path: Path, ending: str, dtype: str, plain: str, nifti: str
+) -> None:
     path, shape = tmp_path / f"out{ending}", (1, 1, 5, 3, 7)
     array = values(shape).astype(ArraySpec("", (), dtype).numpy_dtype)
     write_whole(path, array)

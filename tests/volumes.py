@@ -52,7 +52,8 @@ def check_parts(source: Source, expected: Array) -> None:
     assert source.shape == expected.shape
     assert source.dtype == expected.dtype
     assert source.dtype.isnative
-    for cuts in itertools.product(*({(0, n), (n // 2, n), (max(n - 1, 0), n), (0, 0)} for n in expected.shape)):
+    choices = [{(0, n), (n // 2, n), (max(n - 1, 0), n), (0, 0)} for n in expected.shape]
+    for cuts in itertools.product(*choices):
         part = source.read(cuts)
         assert part.flags.c_contiguous
         np.testing.assert_array_equal(part, expected[tuple(slice(*cut) for cut in cuts)])

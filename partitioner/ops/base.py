@@ -285,6 +285,14 @@ class Operator(ABC):
         return False
 
     @property
+    def explicit(self) -> Mapping[str, tuple[int, ...]] | None:
+        """The padding to which auto_pad, ceil_mode and output_shape amount, as plain attributes.
+
+        None where plain attributes cannot say it, or for operators that have none of these.
+        """
+        return None
+
+    @property
     def reduction(self) -> Reduction | None:
         """The axes over which this operator can be split into partial results, if it is a reduction."""
         return None

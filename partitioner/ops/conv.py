@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -14,6 +14,7 @@ from partitioner.ops.convolve import Geometry, convolve
 from partitioner.ops.registry import register
 from partitioner.ops.windows import (
     crop_outputs,
+    explicit_pads,
     local_padding,
     pad_explicitly,
     plan_border,
@@ -78,6 +79,10 @@ class Conv(Operator):
         channel = Need(None, whole(data.shape)[1].map)
         own = (batch, channel, *window_needs(self.windows))
         return (own, whole(weight.shape), *(None if r is None else whole(r.shape) for r in rest))
+
+    @property
+    def explicit(self) -> Mapping[str, tuple[int, ...]]:
+        return explicit_pads(self.windows)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
@@ -155,6 +160,14 @@ class ConvTranspose(Operator):
         own = (Need(0, identity(data.shape[0])), whole(data.shape)[1], *spatial)
         return (own, whole(weight.shape), *(None if r is None else whole(r.shape) for r in rest))
 
+    @property
+    def explicit(self) -> Mapping[str, tuple[int, ...]] | None:
+        ends = [(w.n_in - 1) * w.stride + w.reach - w.lo - w.n_out for w in self.windows]
+        if any(-end >= max(w.stride, w.dilation) for end, w in zip(ends, self.windows, strict=True)):
+            return None  # output_padding may not be that large
+        pads = (*(w.lo for w in self.windows), *(max(0, end) for end in ends))
+        return {"pads": pads, "output_padding": tuple(max(0, -end) for end in ends)}
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
         out = call.outs[0]
@@ -193,21 +206,21 @@ class ConvTranspose(Operator):
              outs: Sequence[Box]) -> tuple[str, ...]:
         box, bias = boxes[0], names[2] if len(names) > 2 else None
         assert box is not None
-        count = len(self.windows)
-        if not all(box.shape):
+        if names[0] is None:  # no input reaches these outputs
             result = emitter.zeros(outs[0].shape, self.outputs[0].dtype)
         else:
-            zeros = {"pads": [0] * (2 * count)}
-            drop = ("auto_pad", "output_shape", "output_padding")
-            (result,) = emitter.same(names[:2], 1, zeros, drop=drop)
             spans = self._spans(box, outs[0])
-            for axis, (lo, _) in enumerate(spans):
-                result = emitter.slice(result, axis + 2, max(lo, 0), max(lo, 0) + len(outs[0].axes[axis + 2][0]))
+            crop = [max(pair[side], 0) for side in (0, 1) for pair in spans]
             lo, hi = ([0, 0, *(max(0, -pair[side]) for pair in spans)] for side in (0, 1))
-            result = emitter.pad(result, lo, hi) if any((*lo, *hi)) else result
+            lacking = any((*lo, *hi))
+            drop = ("auto_pad", "output_shape", "output_padding")
+            (result,) = emitter.same(names[:2] if lacking else names, 1, {"pads": crop}, drop=drop)
+            if not lacking:
+                return (result,)
+            result = emitter.pad(result, lo, hi)
         if bias is None:
             return (result,)
-        shaped = emitter.reshape(bias, [1, -1, *[1] * count])
+        shaped = emitter.reshape(bias, [1, -1, *[1] * len(self.windows)])
         return (emitter.op("Add", [result, shaped]),)
 
     def flops(self, out: float) -> float:
@@ -232,7 +245,7 @@ def _read_transposed(view: NodeView, extents: Sequence[int], kernel: Sequence[in
         lo, hi = pads[axis], pads[count + axis]
         target = wanted[len(wanted) - count + axis] if wanted else None
         if target is None and auto in ("SAME_UPPER", "SAME_LOWER"):
-            target = n * s
+            target = min(n * s, full)  # as onnxruntime: a kernel shorter than its stride is not filled up
         if auto == "VALID" and target is None:
             lo, hi = 0, 0
         if target is not None:

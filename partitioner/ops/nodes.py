@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.geometry import Box, union
 from partitioner.layout import AxisLayout, Layout
-from partitioner.ops.base import Need, NodeView, Operator, TensorType, Unsupported, need_pieces
+from partitioner.ops.base import Need, Needs, NodeView, Operator, TensorType, Unsupported, need_pieces
 from partitioner.ops.registry import lookup
 
 _OPERATOR = "partitioner.operator"
+_NEEDS = "partitioner.needs"
+_NEEDED = "partitioner.needed"
 
 
 def tensor_type(value: ir.Value) -> TensorType:
@@ -59,28 +63,68 @@ def operator_of(node: ir.Node) -> Operator:
     return operator
 
 
+def forget(node: ir.Node) -> None:
+    """Read a node anew when next asked: its attributes have changed."""
+    for key in (_OPERATOR, _NEEDS, _NEEDED):
+        node.meta.pop(key, None)
+
+
+def needs_of(node: ir.Node, output: int) -> Needs:
+    """An operator's needs for one output, computed once."""
+    cache: dict[int, Needs] = node.meta.setdefault(_NEEDS, {})
+    if output not in cache:
+        cache[output] = operator_of(node).needs(output)
+    return cache[output]
+
+
+def data_needs(node: ir.Node) -> Iterator[tuple[int, ir.Value, Layout]]:
+    """(index, value, what every rank needs of it) for the inputs that are no constants."""
+    for index, value in enumerate(node.inputs):
+        if value is None or value.const_value is not None:
+            continue
+        want = needed_layout(node, index)
+        if want is not None:
+            yield index, value, want
+
+
 def needed_layout(node: ir.Node, index: int) -> Layout | None:
     """What every rank needs of an input for its own part of the node's outputs; None for a consumed input.
 
     For the local part of a reduction, the reduced axes are needed as they are owned.
     """
     value = node.inputs[index]
-    operator = operator_of(node)
     if value is None:
         return None
+    outs = [dialect.get_layout(v) for v in node.outputs[: len(operator_of(node).outputs)]]
+    owned, partial = dialect.get_layout(value), dialect.get_partial(node)
+    cache: dict[int, tuple[list[Layout], Layout, tuple[str, ...], Layout | None]]
+    cache = node.meta.setdefault(_NEEDED, {})
+    if index in cache and _same(cache[index][:3], outs, owned, partial):
+        return cache[index][3]
+    found = _needed_layout(node, index, value, outs)
+    if found is not None and partial:
+        reduction = operator_of(node).reduction
+        assert reduction is not None
+        for axis in reduction.axes:
+            found = found.with_axis(axis, owned.axes[axis])
+    cache[index] = (outs, owned, partial, found)
+    return found
+
+
+def _same(known: tuple[list[Layout], Layout, tuple[str, ...]], outs: list[Layout], owned: Layout,
+          partial: tuple[str, ...]) -> bool:
+    """Whether a cached answer was found from the very same layouts."""
+    return all(a is b for a, b in zip(known[0], outs, strict=True)) and known[1] is owned and known[2] == partial
+
+
+def _needed_layout(node: ir.Node, index: int, value: ir.Value, outs: list[Layout]) -> Layout | None:
     found: Layout | None = None
-    for output, result in enumerate(node.outputs[: len(operator.outputs)]):
-        needs = operator.needs(output)[index]
+    for output, out in enumerate(outs):
+        needs = needs_of(node, output)[index]
         if needs is None:
             continue
-        layout = _needed(value, needs, dialect.get_layout(result))
+        layout = _needed(value, needs, out)
         found = layout if found is None else _union(found, layout)
-    if found is None or not dialect.get_partial(node):
-        return found
-    owned, axes = dialect.get_layout(value), operator.reduction
-    assert axes is not None
-    for axis in axes.axes:
-        found = found.with_axis(axis, owned.axes[axis])
     return found
 
 
@@ -110,7 +154,7 @@ def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], owned: Box) -> B
     operator = operator_of(node)
     found: list[Box] = []
     for output, out in enumerate(outs):
-        needs = operator.needs(output)[index]
+        needs = needs_of(node, output)[index]
         if needs is not None:
             found.append(Box(tuple(need_pieces(need, out) for need in needs)))
     if not found:

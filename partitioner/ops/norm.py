@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     import torch
 
     from partitioner.ops.emitter import Emitter
-
+else:
+    from partitioner.lazy import torch
 
 
 def _channel(vector: torch.Tensor, rank: int) -> torch.Tensor:
@@ -177,7 +178,11 @@ class LocalMoments(Operator):
         return Reduction(self.axes)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        return moments(call.tensor(0), self.axes)
+        x, out = call.tensor(0), call.outs[1]
+        if not out:  # no case or channel of its own: nothing to count
+            empty = x.new_zeros(out.shape)
+            return x.new_zeros((), dtype=torch.int64), empty, empty.clone()
+        return moments(x, self.axes)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:

@@ -201,6 +201,7 @@ class Pointwise(Operator):
         Example("Sum", ((2, 3, 5), (3, 5))),
         Example("Mean", ((2, 3, 5), (3, 5))),
         Example("PRelu", ((2, 3, 5, 6), np.full((3, 1, 1), 0.3, np.float32)), opset=16),
+        Example("Greater", ((2, 3, 5), (3, 5))),
         Example("PRelu", ((2, 3, 5, 6), (6,)), opset=9),
         Example("Clip", ((1, 2, 9), None, np.float32(0.4)), opset=13),
         Example("Dropout", ((1, 2, 9),), opset=13, outputs=2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -15,7 +15,9 @@ from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator,
 from partitioner.ops.registry import register
 from partitioner.ops.windows import (
     crop_outputs,
+    explicit_pads,
     local_padding,
+    needed_end,
     pad_explicitly,
     plan_border,
     read_windows,
@@ -45,6 +47,12 @@ class Pool(Operator):
         shape = self.outputs[0].shape
         leading = (Need(0, identity(shape[0])), Need(1, identity(shape[1])))
         return ((*leading, *window_needs(self.windows)),)
+
+    @property
+    def explicit(self) -> Mapping[str, tuple[int, ...]] | None:
+        pads = explicit_pads(self.windows)
+        largest = [w.kernel for w in self.windows] * 2  # onnxruntime refuses pools that pad a kernel or more
+        return pads if all(p < k for p, k in zip(pads["pads"], largest, strict=True)) else None
 
     def flops(self, out: float) -> float:
         return out * math.prod(w.kernel for w in self.windows)
@@ -159,6 +167,11 @@ class AveragePool(Pool):
         outputs, windows, ends = _read_pool(view)
         return cls(view.inputs, outputs, windows, ends, bool(view.int("count_include_pad", 0)))
 
+    @property
+    def explicit(self) -> Mapping[str, tuple[int, ...]] | None:
+        surplus = any(needed_end(w) > end for w, end in zip(self.windows, self.ends, strict=True))
+        return None if self.include_pad and surplus else super().explicit
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         if any(w.dilation > 1 for w in self.windows):
@@ -175,7 +188,8 @@ class AveragePool(Pool):
         return (total,)
 
     def _window_sum(self, data: torch.Tensor, held: Sequence[Interval], outs: Sequence[Interval]) -> torch.Tensor:
-        borders = [plan_border(w, h, o, limit=w.kernel // 2)
+        # torch's average pools refuse a tensor narrower than the kernel, whatever they pad
+        borders = [plan_border(w, h, o, limit=w.kernel // 2 if len(h) >= w.kernel else 0)
                    for w, h, o in zip(self.windows, held, outs, strict=True)]
         data = pad_explicitly(data, borders, 0.0)
         kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]

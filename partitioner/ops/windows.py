@@ -85,13 +85,21 @@ def _pads(auto: str, n: int, reach: int, stride: int, lo: int, hi: int) -> tuple
 
 def _window_count(n: int, lo: int, hi: int, reach: int, stride: int, ceil_mode: bool) -> int:
     room = n + lo + hi - reach
-    if room < 0:
-        return 0
     if not ceil_mode:
         return room // stride + 1
     count = ceil_div(room, stride) + 1
     starts_in_padding = (count - 1) * stride >= n + lo
     return count - 1 if starts_in_padding else count
+
+
+def needed_end(window: Window) -> int:
+    """Padding after an axis without which its last window would not fit."""
+    return max(0, (window.n_out - 1) * window.stride + window.reach - window.n_in - window.lo)
+
+
+def explicit_pads(windows: Sequence[Window]) -> dict[str, tuple[int, ...]]:
+    """`pads` with which the windows are these, without auto_pad and ceil_mode."""
+    return {"pads": (*(w.lo for w in windows), *map(needed_end, windows))}
 
 
 def window_needs(windows: Sequence[Window]) -> tuple[Need, ...]:

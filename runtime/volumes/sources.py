@@ -28,6 +28,7 @@ STREAM_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFi
 """What the libraries raise for a damaged, cut or encrypted stream."""
 
 _FLOAT64_BYTES = 8
+_DRAIN_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ class StreamedSource(_Opened):
                 del stored
                 yield box, values
             with stream_errors(contents.path):
-                stream.read(1)  # at the end of the stream its checksum is compared
+                while stream.read(_DRAIN_BYTES):  # the checksum is compared at the very end
+                    pass
 
 
 @contextlib.contextmanager
@@ -203,7 +205,7 @@ def skip(stream: io.BufferedIOBase, count: int) -> None:
         EOFError: the stream ends before.
     """
     while count:
-        dropped = len(stream.read(min(count, 2**20)))
+        dropped = len(stream.read(min(count, _DRAIN_BYTES)))
         if not dropped:
             raise EOFError("it ends before its data")
         count -= dropped
