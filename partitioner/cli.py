@@ -194,21 +194,20 @@ def _compile(options: argparse.Namespace) -> int:
 
     from partitioner.loader import save_model, write_text
 
-    if options.output is None and options.emit != "text":
+    target: str | None = options.output
+    if target is None and options.emit != "text":
         raise PartitionError("compile: name the file to write with -o FILE")
     plan = _load_plan(options)
+    if target is None:
+        sys.stdout.write(plan.to_text())
+        return 0
     if options.emit == "text":
-        text = plan.to_text()
-        if options.output is None:
-            sys.stdout.write(text)
-        else:
-            write_text(Path(options.output), text)
+        write_text(Path(target), plan.to_text())
     elif options.emit == "devices":
-        save_model(plan.expand(), Path(options.output))
+        save_model(plan.expand(), Path(target))
     else:
-        plan.save(options.output)
-    if options.output is not None:
-        _say(f"wrote {options.output}")
+        plan.save(target)
+    _say(f"wrote {target}")
     return 0
 
 

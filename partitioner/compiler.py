@@ -13,6 +13,7 @@ from partitioner.errors import PartitionError
 from partitioner.layout import Cuts
 from partitioner.loader import save_model
 from partitioner.mesh import Mesh
+
 #from passes.annotate_devices import AnnotateDevices
 from passes.assign_shards import AssignShards
 from passes.base import Pass
@@ -77,15 +78,15 @@ def plain_model(plan: ir.Model) -> ir.Model:
     for key in [k for k in model.metadata_props if k.startswith("partitioner.")]:
         del model.metadata_props[key]
     for node in model.graph:
-        _strip(node.metadata_props, node.meta)
+        _strip(node)
         for value in node.outputs:
-            _strip(value.metadata_props, value.meta)
+            _strip(value)
     for value in model.graph.inputs:
-        _strip(value.metadata_props, value.meta)
+        _strip(value)
     return model
 
 
-def _strip(props: dict[str, str], meta: dict[str, object]) -> None:
-    for key in [k for k in props if k.startswith("partitioner.")]:
-        del props[key]
-    meta.clear()
+def _strip(item: ir.Node | ir.Value) -> None:
+    for key in [k for k in item.metadata_props if k.startswith("partitioner.")]:
+        del item.metadata_props[key]
+    item.meta.clear()

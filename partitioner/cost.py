@@ -5,6 +5,7 @@ Figures are arrays of the mesh's shape, built from per-axis tables: 4096 ranks c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,22 +67,29 @@ class PlanCost:
     @property
     def sent(self) -> IntArray:
         """Bytes sent per rank."""
-        return np.sum([s.sent for s in self.steps], axis=0, dtype=np.int64)
+        return _total([s.sent for s in self.steps], self.mesh)
 
     @property
     def received(self) -> IntArray:
         """Bytes received per rank."""
-        return np.sum([s.received for s in self.steps], axis=0, dtype=np.int64)
+        return _total([s.received for s in self.steps], self.mesh)
 
     @property
     def messages(self) -> IntArray:
         """Messages sent per rank."""
-        return np.sum([s.messages for s in self.steps], axis=0, dtype=np.int64)
+        return _total([s.messages for s in self.steps], self.mesh)
 
     @property
     def flops(self) -> FloatArray:
         """Floating-point operations per rank."""
         return np.sum([s.flops for s in self.steps], axis=0)
+
+
+def _total(figures: Sequence[IntArray], mesh: Mesh) -> IntArray:
+    total = np.zeros(mesh.shape, dtype=np.int64)
+    for figure in figures:
+        total = total + figure
+    return total
 
 
 def cells(layout: Layout, mesh: Mesh) -> IntArray:
@@ -145,7 +153,7 @@ def _step(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes, live: IntArray) -> St
                     live + workspace, workspace)
 
 
-def _as_number(array: IntArray) -> Any:
+def _as_number(array: NDArray[Any]) -> Any:
     """Operators compute with single numbers; arrays of ranks take the same formulas."""
     return array.astype(np.float64)
 

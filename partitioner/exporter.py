@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import onnx_ir as ir
@@ -61,7 +62,7 @@ def _export(module: Any, examples: tuple[Any, ...]) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Generator[None]:
     """Keep the exporter's chatter away from our output."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

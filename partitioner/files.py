@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,8 +148,8 @@ class FileRun:
         from runtime.rank import RankRunner, guarded
 
         if place.size != self.plan.mesh.size:
-            raise PartitionError(f"the mesh {self.plan.mesh} has {self.plan.mesh.size} ranks but {place.size} processes "
-                                 "were started; make them equal")
+            raise PartitionError(f"the mesh {self.plan.mesh} has {self.plan.mesh.size} ranks but {place.size} "
+                                 "processes were started; make them equal")
         device = group.rank_device(self.device, place)
         if device.type == "cuda":
             import torch
@@ -208,7 +208,7 @@ def _spatial(sources: Mapping[str, Source]) -> Source | None:
 
 
 @contextlib.contextmanager
-def prepared(sinks: Any) -> Iterator[None]:
+def prepared(sinks: Any) -> Generator[None]:
     """Prepare all sinks, commit them when the block succeeds, remove them when it fails.
 
     Raises:

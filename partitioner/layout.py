@@ -7,6 +7,7 @@ holds; an axis that is not split is held whole by everyone.  Everything is store
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,7 +43,7 @@ class AxisLayout:
     @classmethod
     def from_cuts(cls, mesh_axis: str, cuts: Cuts) -> AxisLayout:
         """Disjoint shards between consecutive cuts."""
-        return cls(mesh_axis, tuple(span(a, b) for a, b in zip(cuts, cuts[1:], strict=False)))
+        return cls(mesh_axis, tuple(span(a, b) for a, b in itertools.pairwise(cuts)))
 
     @property
     def cuts(self) -> Cuts | None:

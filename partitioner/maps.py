@@ -8,6 +8,7 @@ cut when the input is cut at `cut`: the choice moves fewest cells, but any cut i
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -186,7 +187,7 @@ class Taps(AxisMap):
         if not flat:
             return ()
         leads = [row[0] for row in rows if row]
-        steps = [b - a for a, b in zip(leads, leads[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(leads)]
         if all(s >= 0 for s in steps) or all(s <= 0 for s in steps):
             return span(min(flat), max(flat) + 1)
         return pieces(Interval(i, i + 1) for i in flat)

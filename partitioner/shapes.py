@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -21,7 +21,7 @@ def spatial_rank(model: ir.Model) -> int:
 
 
 @contextlib.contextmanager
-def with_nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def with_nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -> Generator[None]:
     """Add the nearest extents that work to an error about extents.
 
     Raises:

@@ -10,6 +10,7 @@ the sources give, every cell of the grid is one Slice, and rows of cells are joi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def _segments(axis: Pieces, bounds: Sequence[Pieces]) -> list[Interval]:
     found: list[Interval] = []
     for piece in axis:
         edges = [piece.start, *sorted(c for c in cuts if piece.start < c < piece.stop), piece.stop]
-        found += [Interval(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        found += [Interval(a, b) for a, b in itertools.pairwise(edges)]
     return found
 
 
@@ -72,9 +73,8 @@ def _cut(emitter: Emitter, source: Source, cell: Box) -> str:
 
 def recipe(target: Box, sources: Sequence[Source]) -> Hashable:
     """What `assemble` does, in local positions: equal recipes have equal bodies."""
-    return len(target.axes), tuple(
-        tuple(_place(h, t, taken) for h, t, taken in zip(s.held, target, s.taken, strict=True)) for s in sources
-    )
+    places = (tuple(_place(*axes) for axes in zip(s.held, target, s.taken, strict=True)) for s in sources)
+    return len(target.axes), tuple(places)
 
 
 def _place(held: Pieces, target: Pieces, taken: Pieces) -> Hashable:
@@ -113,7 +113,8 @@ def merge_body(kind: str, width: int, dtype: ir.DataType, count: int, opset: int
     return _function(scope, [value for partial in inputs for value in partial], result)
 
 
-def _merge_moments(emitter: Emitter, left: Sequence[str], right: Sequence[str], dtype: ir.DataType) -> list[str]:
+def _merge_moments(emitter: Emitter, left: Sequence[str], right: Sequence[str],
+                   dtype: ir.DataType) -> list[str]:
     """Count, mean and M2 of two parts together, without cancellation (see ops.moments)."""
     op = emitter.op
     (count, mean, m2), (other, other_mean, other_m2) = left, right
@@ -122,7 +123,8 @@ def _merge_moments(emitter: Emitter, left: Sequence[str], right: Sequence[str], 
     share = op("Div", [others, totals])
     delta = op("Sub", [other_mean, mean])
     between = op("Mul", [op("Mul", [delta, delta]), op("Mul", [cells, share])])
-    return [total, op("Add", [mean, op("Mul", [delta, share])]), op("Add", [op("Add", [m2, other_m2]), between])]
+    within = op("Add", [m2, other_m2])
+    return [total, op("Add", [mean, op("Mul", [delta, share])]), op("Add", [within, between])]
 
 
 def _function(scope: Scope, inputs: Sequence[ir.Value], results: Sequence[str]) -> ir.Function:

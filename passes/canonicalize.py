@@ -18,7 +18,6 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as library
 
-from partitioner import dialect
 from partitioner.errors import PartitionError, refuse_all
 from partitioner.ops.base import Unsupported
 from partitioner.ops.nodes import forget, operator_of

@@ -57,8 +57,9 @@ def _cover(model: ir.Model) -> Iterator[str]:
             if not layout.is_partition:
                 yield f"shards of {value.name} overlap or leave cells out: {layout}"
             for split in filter(None, layout.axes):
-                if len(split.parts) != mesh.count(split.mesh_axis):
-                    yield f"{value.name} has {len(split.parts)} shards along {split.mesh_axis}={mesh.count(split.mesh_axis)}"
+                ranks = mesh.count(split.mesh_axis)
+                if len(split.parts) != ranks:
+                    yield f"{value.name} has {len(split.parts)} shards along {split.mesh_axis}={ranks}"
 
 
 def same_mesh_axes(have: Layout, want: Layout) -> bool:
@@ -77,9 +78,7 @@ def holds(have: Layout, want: Layout) -> bool:
         if b is None:
             if not all(covers(part, span(0, n)) for part in a.parts):
                 return False
-        elif a.mesh_axis != b.mesh_axis:
-            return False
-        elif not all(covers(p, q) for p, q in zip(a.parts, b.parts, strict=True)):
+        elif a.mesh_axis != b.mesh_axis or not all(covers(p, q) for p, q in zip(a.parts, b.parts, strict=True)):
             return False
     return True
 

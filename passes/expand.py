@@ -1,10 +1,10 @@
 """expand: one ONNX graph in which every device has its own nodes and exchanges are real Slice and Concat.
 
-    before (a plan, one node for all shards)      after (two devices)
-    h = HaloExchange(x)                           x@0 = Slice(x)                   x@1 = Slice(x)
-    y = Conv(h)  pads 1,1                         h@0 = HaloExchange_1(x@0, x@1)   h@1 = HaloExchange_2(x@1, x@0)
-                                                  y@0 = Conv(h@0)  pads 1,0        y@1 = Conv(h@1)  pads 0,1
-                                                  y = Concat(y@0, y@1)
+    before (one node for all)    after (two devices)
+    h = HaloExchange(x)          x@0 = Slice(x)                    x@1 = Slice(x)
+    y = Conv(h)  pads 1,1        h@0 = HaloExchange_1(x@0, x@1)    h@1 = HaloExchange_2(x@1, x@0)
+                                 y@0 = Conv(h@0)  pads 1,0         y@1 = Conv(h@1)  pads 0,1
+                                 y = Concat(y@0, y@1)
 
 Every value of every device has exactly the cells that the device holds; a value that has none on a device
 is not there at all.  The functions of the exchanges read the shards of other devices, own shard first, so a
@@ -228,7 +228,8 @@ class _Expansion:
         """The ranks that differ from this one along one mesh axis only, itself included."""
         return [self.mesh.rank({**self.places[rank], axis: i}) for i in range(self.mesh.count(axis))]
 
-    def _merge(self, emitter: Emitter, node: ir.Node, kind: str, parts: Sequence[Sequence[str]]) -> Sequence[str]:
+    def _merge(self, emitter: Emitter, node: ir.Node, kind: str,
+               parts: Sequence[Sequence[str]]) -> Sequence[str]:
         dtype, width, count = node.outputs[-1].dtype, len(parts[0]), len(parts)
         assert dtype is not None
         name = self.library.name_of(node.op_type, (kind, width, dtype, count),

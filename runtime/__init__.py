@@ -1,0 +1,1 @@
+"""The runtime: programs, transports and sessions that execute a plan."""

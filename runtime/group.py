@@ -124,9 +124,10 @@ def check_device(name: str, index: int = 0) -> torch.device:
     count = torch.cuda.device_count()
     if count == 0:
         raise PartitionError(f"device '{name}': torch finds no GPU here; use --device cpu")
-    if found.index is not None and found.index >= count:
+    numbered = ":" in name
+    if numbered and found.index >= count:
         raise PartitionError(f"device '{name}': there are {count} GPUs, cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index % count if found.index is None else found.index)
+    return found if numbered else torch.device("cuda", index % count)
 
 
 @dataclass(frozen=True)

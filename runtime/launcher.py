@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -74,10 +75,8 @@ class RankPool:
 
     def close(self) -> None:
         """End all ranks; harmless when repeated."""
-        try:
+        with contextlib.suppress(ExecutionError):
             self._tell(("close",))
-        except ExecutionError:
-            pass
         deadline = time.monotonic() + GRACE
         for process in self._processes:
             try:

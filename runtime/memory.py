@@ -37,11 +37,12 @@ def allocate_buffer(spec: BufferSpec, device: torch.device, storage: str, poison
 def view(tensor: torch.Tensor, window: Window) -> torch.Tensor:
     """The cells of a window: a view where every axis is one slice, else a copy."""
     for axis, slices in enumerate(window.slices):
+        first = slices[0]
         if len(slices) > 1:
             parts = [tensor.narrow(axis, s.start, s.stop - s.start) for s in slices]
             tensor = torch.cat(parts, axis)
-        elif slices[0].stop - slices[0].start != tensor.shape[axis]:
-            tensor = tensor.narrow(axis, slices[0].start, slices[0].stop - slices[0].start)
+        elif first.stop - first.start != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, first.start, first.stop - first.start)
     return tensor
 
 

@@ -20,7 +20,10 @@ from runtime.group import Place, SharedFeed, agree
 from runtime.monitor import PeakMemory
 from runtime.program import localise
 from runtime.transports.distributed import Distributed
-from runtime.volumes import PartFile, Source, open_part, open_source
+from runtime.volumes import PartFile, Source, Writer, open_part, open_source
+
+Sources = dict[str, Source | None]
+Writers = dict[str, tuple[Writer, str | None]]
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,11 @@ class RankRunner:
         return RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
                           traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds)
 
-    def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[dict[str, Source | None], dict[str, object]]:
+    def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[Sources, Writers]:
         """Open everything, or tell all ranks that it cannot be."""
         problem: str | None = None
-        sources: dict[str, Source | None] = {}
-        writers: dict[str, object] = {}
+        sources: Sources = {}
+        writers: Writers = {}
         try:
             for name, ref in files.inputs.items():
                 mine = name not in files.streamed or self.place.rank == 0

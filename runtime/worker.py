@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
     torch.set_num_threads(options["threads"])
     join(place, options["backend"], options["rendezvous"])
     runner: RankRunner | None = None
+    report = _Reporter(pipe) if place.rank == 0 else None
     pipe.send(("ready",))
     while True:
         request = pipe.recv()
@@ -66,9 +68,7 @@ def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
             pipe.send(("ready",))
             continue
         assert runner is not None
-        loaded, files = runner, request[1]
-        report = _Reporter(pipe) if place.rank == 0 else None
-        pipe.send(("done", guarded(lambda: loaded.run(files, report), place.rank)))
+        pipe.send(("done", guarded(partial(runner.run, request[1], report), place.rank)))
 
 
 class _Reporter:

@@ -18,7 +18,24 @@ from partitioner.ops.base import (
 from partitioner.ops.registry import lookup, register, registered
 
 __all__ = [
-    "Call", "Decomposer", "Example", "Need", "Needs", "NodeView", "Operator", "TensorType", "Unsupported",
-    "lookup", "register", "registered",
-    "conv", "dense", "norm", "pointwise", "pool", "reduce", "resize", "shape",
+    "Call",
+    "Decomposer",
+    "Example",
+    "Need",
+    "Needs",
+    "NodeView",
+    "Operator",
+    "TensorType",
+    "Unsupported",
+    "conv",
+    "dense",
+    "lookup",
+    "norm",
+    "pointwise",
+    "pool",
+    "reduce",
+    "register",
+    "registered",
+    "resize",
+    "shape",
 ]

@@ -196,7 +196,7 @@ class Example:
     """
 
     op_type: str
-    inputs: tuple[tuple[int, ...] | Array | None, ...]
+    inputs: tuple[tuple[int, ...] | Array | np.generic | None, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     opset: int = 18
     outputs: int = 1

@@ -98,7 +98,8 @@ class Emitter:
         assert self.node is not None
         kept = {a.name: a for a in self.node.attributes.values() if a.name not in drop}
         inputs = [self._input(name, i) for i, name in enumerate(names)]
-        return self._add(self.node.domain, self.node.op_type, inputs, {**kept, **_attributes(attributes)}, outputs)
+        told = {**kept, **_attributes(attributes)}
+        return self._add(self.node.domain, self.node.op_type, inputs, told, outputs)
 
     def op(self, op_type: str, names: Sequence[str | None], attributes: Mapping[str, Any] | None = None,
            outputs: int = 1, domain: str = "") -> str:
@@ -185,8 +186,9 @@ class Emitter:
              attributes: Mapping[str, ir.Attr], outputs: int) -> tuple[str, ...]:
         name = f"{self.prefix}{op_type}{len(self.nodes)}"
         values = [ir.Value(name=self.scope.fresh(name if i == 0 else f"{name}.{i}")) for i in range(outputs)]
-        self.nodes.append(ir.Node(domain, op_type, inputs, list(attributes.values()), outputs=values, name=name))
-        self.scope.nodes.append(self.nodes[-1])
+        node = ir.Node(domain, op_type, inputs, list(attributes.values()), outputs=values, name=name)
+        self.nodes.append(node)
+        self.scope.nodes.append(node)
         return tuple(self.scope.add(value) for value in values)
 
 

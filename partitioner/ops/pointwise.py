@@ -145,9 +145,9 @@ BROADCAST: dict[str, Kernel] = {
     "Xor": lambda a, xs: torch.logical_xor(xs[0], xs[1]),
 }
 
-INTO: dict[str, Callable[[Attributes, list["torch.Tensor"], "torch.Tensor"], "torch.Tensor"]] = {
+INTO: dict[str, Callable[[Attributes, list[torch.Tensor], torch.Tensor], torch.Tensor]] = {
     "Relu": lambda a, xs, out: torch.clamp(xs[0], min=0, out=out),
-    "LeakyRelu": lambda a, xs, out: torch._C._nn.leaky_relu(xs[0], _number(a, "alpha", 0.01), out=out),
+    "LeakyRelu": lambda a, xs, out: torch.ops.aten.leaky_relu.out(xs[0], _number(a, "alpha", 0.01), out=out),
     "Sigmoid": lambda a, xs, out: torch.sigmoid(xs[0], out=out),
     "Tanh": lambda a, xs, out: torch.tanh(xs[0], out=out),
     "Add": lambda a, xs, out: torch.add(xs[0], xs[1], out=out),
@@ -306,10 +306,7 @@ class Cast(Operator):
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
-        if view.op_type == "CastLike":
-            dtype = view.input(1).dtype
-        else:
-            dtype = ir.DataType(view.int("to", 1))
+        dtype = view.input(1).dtype if view.op_type == "CastLike" else ir.DataType(view.int("to", 1))
         if not is_known(dtype):
             raise Unsupported(f"it casts to {dtype.name}, which the runtime cannot hold")
         return cls(view.inputs, (TensorType(view.input(0).shape, dtype),))

@@ -66,7 +66,7 @@ class Pool(Operator):
 
     def _node_pads(self, lo: Sequence[int], hi: Sequence[int]) -> bool:
         """Whether a pooling node takes these pads itself: ONNX wants them smaller than the kernel."""
-        return all(max(pair) < w.kernel for w, pair in zip(self.windows, zip(lo, hi, strict=True), strict=True))
+        return all(max(a, b) < w.kernel for w, a, b in zip(self.windows, lo, hi, strict=True))
 
 
 def _read_pool(view: NodeView) -> tuple[tuple[TensorType], tuple[Window, ...], tuple[int, ...]]:

@@ -225,7 +225,8 @@ def _read_target(view: NodeView, data: TensorType) -> tuple[tuple[int, ...], lis
     scales = [float(np.float32(s)) for s in _scatter([float(s) for s in given], axes, [1.0] * rank)]
     if min(scales) <= 0:
         raise Unsupported(f"scales {scales} must be positive; correct the file")
-    extents = tuple(int(math.floor(float(np.float32(n) * np.float32(s)))) for n, s in zip(data.shape, scales, strict=True))
+    grown = [float(np.float32(n) * np.float32(s)) for n, s in zip(data.shape, scales, strict=True)]
+    extents = tuple(math.floor(n) for n in grown)
     if min(extents) < 1:
         raise Unsupported(f"it leaves extents {list(extents)}; use a larger volume")
     return extents, scales
@@ -239,7 +240,7 @@ def _from_sizes(view: NodeView, data: TensorType, axes: Sequence[int],
     if policy != "stretch":
         ratios = [size / data.shape[a] for size, a in zip(sizes, axes, strict=True)]
         ratio = min(ratios) if policy == "not_larger" else max(ratios)
-        sizes = [int(math.floor(ratio * data.shape[a] + 0.5)) for a in axes]
+        sizes = [math.floor(ratio * data.shape[a] + 0.5) for a in axes]
         scales = _scatter([float(np.float32(ratio))] * len(axes), axes, [1.0] * data.rank)
     else:
         ratios32 = [float(np.float32(size) / np.float32(data.shape[a])) for size, a in zip(sizes, axes, strict=True)]

@@ -117,7 +117,9 @@ def _load(path: Path) -> Any:
         zlib.error,
     ) as error:
         reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
-        raise PartitionError(f"{path}: no NIfTI file, or a damaged one ({reason}); copy or convert it again") from error
+        raise PartitionError(
+            f"{path}: no NIfTI file, or a damaged one ({reason}); copy or convert it again"
+        ) from error
     if not is_nifti:
         raise PartitionError(f"{path}: is {type(image).__name__}, not a NIfTI file; convert it")
     return image

@@ -1,0 +1,102 @@
+"""Networks drawn by Hypothesis: sharded runs, full of NaN where nobody wrote, against the unsharded ones."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from passes.base import Pass
+from passes.canonicalize import Canonicalize
+from passes.split_reductions import SplitReductions
+from tests.oracle import as_double, close, compile_plan, error, ort_bits, run_lockstep, run_ort
+from tests.strategies import Network, Style, networks
+
+MANY = int(os.environ.get("PARTITIONER_GRAPHS", "3000"))
+"""How many graphs the slow suite draws, per test."""
+
+quick = settings(deadline=None, derandomize=True, database=None, print_blob=False,
+                 suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+thorough = settings(quick, derandomize=False, max_examples=MANY)
+
+
+def check_float64(network: Network) -> None:
+    """Equal to the reference to 1e-12; bytes and messages as foretold (run_lockstep counts them)."""
+    inputs = {name: array.astype(np.float64) for name, array in network.inputs.items()}
+    plan = compile_plan(as_double(network.model), network.mesh, network.cuts, storage=network.storage)
+    found = run_lockstep(plan, inputs).outputs
+    for name, expected in network.expected.items():
+        assert close(found[name], expected, 1e-12), f"{name}: error {error(found[name], expected)}"
+
+
+def check_float32(network: Network) -> None:
+    """No worse than three times onnxruntime's error; its bits are untouched by layout and communication."""
+    runtime = run_ort(network.model, network.inputs)
+    bits: list[dict[str, bytes]] = []
+
+    def observe(index: int, item: Pass, plan: ir.Model) -> None:
+        found = ort_bits(plan, network.inputs)
+        arithmetic = isinstance(item, Canonicalize | SplitReductions)
+        assert arithmetic or found == bits[-1], f"{item.name} changed the result"
+        bits.append(found)
+
+    plan = compile_plan(network.model, network.mesh, network.cuts, storage=network.storage, observe=[observe])
+    found = run_lockstep(plan, network.inputs).outputs
+    for name, expected in network.expected.items():
+        limit = 3 * error(runtime[name], expected)
+        assert close(found[name], expected, limit), f"{name}: error {error(found[name], expected)}, limit {limit}"
+
+
+def check_integers(network: Network) -> None:
+    """Small whole numbers: the very bits of onnxruntime."""
+    runtime = run_ort(network.model, network.inputs)
+    plan = compile_plan(network.model, network.mesh, network.cuts, storage=network.storage)
+    found = run_lockstep(plan, network.inputs).outputs
+    for name, expected in network.expected.items():
+        assert np.array_equal(runtime[name], expected), f"{name}: the reference is wrong"
+        assert np.array_equal(found[name], runtime[name]), name
+
+
+@settings(quick, max_examples=350)
+@given(networks())
+def test_graphs_in_float64(network: Network) -> None:
+    check_float64(network)
+
+
+@settings(quick, max_examples=100)
+@given(networks(Style(runtime=True, steps=5)))
+def test_graphs_in_float32(network: Network) -> None:
+    check_float32(network)
+
+
+@settings(quick, max_examples=120)
+@given(networks(Style(integers=True, runtime=True, steps=5)))
+def test_graphs_of_integers(network: Network) -> None:
+    check_integers(network)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@thorough
+@given(networks(Style(steps=10)))
+def test_many_graphs_in_float64(network: Network) -> None:
+    check_float64(network)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@thorough
+@given(networks(Style(runtime=True)))
+def test_many_graphs_in_float32(network: Network) -> None:
+    check_float32(network)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@thorough
+@given(networks(Style(integers=True, runtime=True)))
+def test_many_graphs_of_integers(network: Network) -> None:
+    check_integers(network)
