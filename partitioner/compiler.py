@@ -14,7 +14,7 @@ from partitioner.layout import Cuts
 from partitioner.loader import save_model
 from partitioner.mesh import Mesh
 
-#from passes.annotate_devices import AnnotateDevices
+from passes.annotate_devices import AnnotateDevices
 from passes.assign_shards import AssignShards
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
@@ -38,7 +38,7 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts]) -> P
         InsertHaloExchanges(),
         MergeExchanges(),
         Schedule(),
-#        AnnotateDevices(),
+        AnnotateDevices(),
     ))
 
 

@@ -156,7 +156,7 @@ class FileRun:
 
             torch.cuda.set_device(device)
         group.join(place, self.backend)
-        runner = RankRunner(self.plan.model, place, device)
+        runner = RankRunner(self.plan.model, place, device, self.backend)
         with contextlib.ExitStack() as stack:
             problem: str | None = None
             sources, refs, sinks, places = {}, {}, {}, {}

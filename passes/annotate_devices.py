@@ -7,9 +7,9 @@
 
 A projection that this toolkit never reads back: ONNX knows a number of equal shards per axis, so the exact
 cuts and the halos stay in the layouts alone; a halo exchange's result is annotated as the shards to
-which its halos belong, and partial results, which ONNX cannot name, are left out.  The annotation needs IR version 11, which onnxruntime reads from 1.23 on.  It
-lists ranks, so a mesh of more than 64 is left without it (a plan does not grow with the mesh), and so is
-a mesh of one rank, which has nothing to say.
+which its halos belong, and partial results, which ONNX cannot name, are left out.  The annotation needs
+IR version 11, which onnxruntime reads from 1.23 on.  It lists ranks, so a mesh of more than 64 is left
+without it (a plan does not grow with the mesh), and so is a mesh of one rank, which has nothing to say.
 """
 
 from __future__ import annotations

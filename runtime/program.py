@@ -9,7 +9,7 @@ node.  Windows are slices of buffers; buffers are released after the last step t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -130,9 +130,15 @@ class Program:
     steps: tuple[Step, ...]
 
 
-def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None) -> Program:
-    """The program of one rank of a plan; the cost grows with the graph, not with the mesh."""
-    return _Localiser(model, rank, lifetimes or find_lifetimes(model)).program()
+def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, storage: str | None = None) -> Program:
+    """The program of one rank of a plan; the cost grows with the graph, not with the mesh.
+
+    Args:
+        lifetimes: found once for all ranks of a process.
+        storage: axis order of activations; the plan's own when not given.
+    """
+    program = _Localiser(model, rank, lifetimes or find_lifetimes(model)).program()
+    return program if storage is None else replace(program, storage=storage)
 
 
 class _Localiser:

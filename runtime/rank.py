@@ -17,6 +17,7 @@ from partitioner.lifetime import find_lifetimes
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import FileDrain
 from runtime.group import Place, SharedFeed, agree
+from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
 from runtime.program import localise
 from runtime.transports.distributed import Distributed
@@ -69,12 +70,12 @@ class RankReport:
 class RankRunner:
     """Keeps one rank's weights and program from run to run."""
 
-    def __init__(self, model: ir.Model, place: Place, device: torch.device) -> None:
+    def __init__(self, model: ir.Model, place: Place, device: torch.device, backend: str) -> None:
         self.place = place
         self.device = device
         lifetimes = find_lifetimes(model)
-        self._program = localise(model, place.rank, lifetimes)
-        self._transport = Distributed(device)
+        self._program = localise(model, place.rank, lifetimes, storage_on(device, dialect.get_storage(model)))
+        self._transport = Distributed(device, backend)
         self._executor = Executor(make_shards([self._program], [device]), self._transport)
         self._dtypes = {str(v.name): v.dtype for v in model.graph.inputs}
         mesh = dialect.get_mesh(model)

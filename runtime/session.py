@@ -21,6 +21,7 @@ from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed
 from runtime.group import check_device
 from runtime.launcher import RankPool
+from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
 from runtime.program import localise
 from runtime.rank import FileRef, RankReport, RunFiles
@@ -78,7 +79,8 @@ class LockstepRunner:
     def __init__(self, model: ir.Model, device: str = "cpu", poison: bool = False) -> None:
         mesh, lifetimes = dialect.get_mesh(model), find_lifetimes(model)
         devices = [check_device(name) for name in device.split(",")]
-        programs = [localise(model, rank, lifetimes) for rank in mesh]
+        storage = storage_on(devices[0], dialect.get_storage(model))
+        programs = [localise(model, rank, lifetimes, storage) for rank in mesh]
         self._model = model
         self._options = (device, poison)
         self._devices = [devices[rank % len(devices)] for rank in mesh]

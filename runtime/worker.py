@@ -64,7 +64,7 @@ def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
             leave()
             return 0
         if request[0] == "plan":
-            runner = RankRunner(load_file(Path(request[1])), place, device)
+            runner = RankRunner(load_file(Path(request[1])), place, device, options["backend"])
             pipe.send(("ready",))
             continue
         assert runner is not None

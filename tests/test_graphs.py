@@ -7,7 +7,7 @@ import os
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
@@ -25,6 +25,7 @@ thorough = settings(quick, derandomize=False, max_examples=MANY)
 
 def check_float64(network: Network) -> None:
     """Equal to the reference to 1e-12; bytes and messages as foretold (run_lockstep counts them)."""
+    note(str(network))
     inputs = {name: array.astype(np.float64) for name, array in network.inputs.items()}
     plan = compile_plan(as_double(network.model), network.mesh, network.cuts, storage=network.storage)
     found = run_lockstep(plan, inputs).outputs
@@ -34,6 +35,7 @@ def check_float64(network: Network) -> None:
 
 def check_float32(network: Network) -> None:
     """No worse than three times onnxruntime's error; its bits are untouched by layout and communication."""
+    note(str(network))
     runtime = run_ort(network.model, network.inputs)
     bits: list[dict[str, bytes]] = []
 
@@ -52,6 +54,7 @@ def check_float32(network: Network) -> None:
 
 def check_integers(network: Network) -> None:
     """Small whole numbers: the very bits of onnxruntime."""
+    note(str(network))
     runtime = run_ort(network.model, network.inputs)
     plan = compile_plan(network.model, network.mesh, network.cuts, storage=network.storage)
     found = run_lockstep(plan, network.inputs).outputs

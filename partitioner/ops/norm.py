@@ -38,6 +38,11 @@ else:
     from partitioner.lazy import torch
 
 
+def _per_channel(shape: Sequence[int]) -> tuple[Need, ...]:
+    """A vector of one number per channel, needed for the channels that are computed."""
+    return (Need(1, identity(shape[1])),)
+
+
 def _channel(vector: torch.Tensor, rank: int) -> torch.Tensor:
     return vector.reshape(1, -1, *(1,) * (rank - 2))
 
@@ -73,7 +78,7 @@ class BatchNormalization(Operator):
 
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
-        return (aligned(shape, shape), *(None if t is None else whole(t.shape) for t in self.inputs[1:]))
+        return (aligned(shape, shape), *(_per_channel(shape) for _ in self.inputs[1:]))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
@@ -112,7 +117,7 @@ class InstanceNormalization(Operator):
         shape = self.outputs[0].shape
         leading = (Need(0, identity(shape[0])), Need(1, identity(shape[1])))
         own = (*leading, *(statistics(a, n) for a, n in enumerate(shape) if a >= 2))
-        return (own, *(None if t is None else whole(t.shape) for t in self.inputs[1:]))
+        return (own, _per_channel(shape), _per_channel(shape))
 
     @property
     def reduction(self) -> Reduction:
@@ -217,10 +222,10 @@ class Normalize(Operator):
 
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
-        _, count, mean, m2, scale, bias = self.inputs
-        assert count and mean and m2 and scale and bias
+        _, count, mean, m2, *_ = self.inputs
+        assert count and mean and m2
         return (aligned(shape, shape), whole(count.shape), aligned(mean.shape, shape),
-                aligned(m2.shape, shape), whole(scale.shape), whole(bias.shape))
+                aligned(m2.shape, shape), _per_channel(shape), _per_channel(shape))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, count, mean, m2 = (call.tensor(i) for i in range(4))

@@ -29,11 +29,11 @@ class Distributed:
     memory only, so that GPU tensors pass through pinned buffers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, backend: str) -> None:
         self.ranks = (dist.get_rank(),)
         self.traffic = Traffic()
-        self._staged = device.type != "cpu" and dist.get_backend() == "gloo"
-        self._batched = dist.get_backend() == "nccl"
+        self._staged = device.type != "cpu" and backend == "gloo"
+        self._batched = backend == "nccl"
 
     def exchange(self, jobs: Sequence[Job]) -> None:
         """Send and receive all parcels of one step; see `Transport`."""
