@@ -181,7 +181,9 @@ class _Expansion:
             names.append(self._read(value, rank, box) if value is not None and box and all(outs) else None)
         if not all(outs) or (dialect.get_partial(node) and not boxes[0]):
             return ()
-        return operator.emit(emitter, names, boxes, outs)
+        results = operator.emit(emitter, names, boxes, outs)
+        own = {str(value.name) for made in emitter.nodes for value in made.outputs}
+        return [name if name in own else emitter.op("Identity", [name]) for name in results]
 
     def _read(self, value: ir.Value, rank: int, box: Box) -> str:
         """The cells of a value that a node reads: all that the rank holds, or a part cut out of it."""
@@ -191,7 +193,7 @@ class _Expansion:
             name, held = self.shards[str(value.name), rank], self._box(value, rank)
         key = (name, rank, box)
         if box != held and key not in self.parts:
-            emitter = Emitter(self.scope, self.scope.fresh(f"{value.name}@{rank}/part") + "/")
+            emitter = Emitter(self.scope, f"{value.name}@{rank}/part{len(self.parts)}/")
             self.parts[key] = assemble(emitter, box, [Source(name, held, held)])
             self._place(emitter, rank)
         return name if box == held else self.parts[key]

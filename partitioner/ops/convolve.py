@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partitioner.ops.threads import one_thread
+
 if TYPE_CHECKING:
     import torch
     import torch.nn.functional as functional
@@ -45,8 +47,9 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         kernel = functional.conv_transpose2d if data.dim() == 4 else functional.conv_transpose3d
     else:
         kernel = functional.conv2d if data.dim() == 4 else functional.conv3d
-    return kernel(data, weight, bias, stride=geometry.stride, padding=geometry.padding,
-                  dilation=geometry.dilation, groups=geometry.groups)
+    with one_thread(data):
+        return kernel(data, weight, bias, stride=geometry.stride, padding=geometry.padding,
+                      dilation=geometry.dilation, groups=geometry.groups)
 
 
 def _suits_onednn(data: torch.Tensor) -> bool:

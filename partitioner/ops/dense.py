@@ -21,6 +21,7 @@ from partitioner.ops.base import (
     whole,
 )
 from partitioner.ops.registry import register
+from partitioner.ops.threads import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,8 @@ class Gemm(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         a, b, c = call.tensor(0), call.tensor(1), call.optional(2)
-        product = torch.matmul(a.T if self.flip_a else a, b.T if self.flip_b else b)
+        with one_thread(a):
+            product = torch.matmul(a.T if self.flip_a else a, b.T if self.flip_b else b)
         product = product if self.alpha == 1 else product * self.alpha
         if c is None:
             return (product,)
@@ -121,7 +123,8 @@ class MatMul(Operator):
         return ((*left, rows, whole(a.shape)[-1]), (*right, whole(b.shape)[-2], columns))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        return (torch.matmul(call.tensor(0), call.tensor(1)),)
+        with one_thread(call.tensor(0)):
+            return (torch.matmul(call.tensor(0), call.tensor(1)),)
 
     def flops(self, out: float) -> float:
         a = self.inputs[0]

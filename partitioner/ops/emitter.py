@@ -27,11 +27,13 @@ class Scope:
         self.values: dict[str, ir.Value] = {}
         self.initializers: list[ir.Value] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._taken: set[str] = set()
 
     def add(self, value: ir.Value) -> str:
         """Take in a value of the graph's own (an input, a weight) under its name; returns the name."""
         name = str(value.name)
         self.values[name] = value
+        self._taken.add(name)
         return name
 
     def weight(self, value: ir.Value) -> str:
@@ -56,9 +58,9 @@ class Scope:
         return self._constants[key]
 
     def fresh(self, wish: str) -> str:
-        """A name that no value has yet: the wish itself, or with a number after it."""
+        """A name that no value ever had: the wish itself, or with a number after it."""
         name, count = wish, 1
-        while name in self.values:
+        while name in self._taken:
             name, count = f"{wish}_{count}", count + 1
         return name
 
@@ -184,7 +186,7 @@ class Emitter:
 
     def _add(self, domain: str, op_type: str, inputs: Sequence[ir.Value | None],
              attributes: Mapping[str, ir.Attr], outputs: int) -> tuple[str, ...]:
-        name = f"{self.prefix}{op_type}{len(self.nodes)}"
+        name = self.scope.fresh(f"{self.prefix}{op_type}{len(self.nodes)}")
         values = [ir.Value(name=self.scope.fresh(name if i == 0 else f"{name}.{i}")) for i in range(outputs)]
         node = ir.Node(domain, op_type, inputs, list(attributes.values()), outputs=values, name=name)
         self.nodes.append(node)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from partitioner.ops.threads import one_thread
+
 if TYPE_CHECKING:
     import torch
 else:
@@ -25,6 +27,11 @@ def moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
     Slices along the first axis are reduced first and merged in order, so that the bits do not depend on
     the number of threads.
     """
+    with one_thread(x, needed=x.numel() == _cells(x, axes)):
+        return _moments(x, axes)
+
+
+def _moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
     first, *others = axes
     count = torch.tensor(_cells(x, axes), dtype=torch.int64, device=x.device)
     if x.shape[first] == 0 or _cells(x, axes) == 0:

@@ -28,6 +28,7 @@ from partitioner.ops.base import (
 )
 from partitioner.ops.pool import lowest
 from partitioner.ops.registry import register
+from partitioner.ops.threads import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,8 @@ def _reduce(kind: str, x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
     """Slices along the first axis first, then over them: the bits do not depend on the thread count."""
     kernel = _KERNELS[kind]
     first, *others = axes
-    result = kernel(kernel(x, others), [first]) if others else kernel(x, [first])
+    with one_thread(x, needed=x.numel() <= x.shape[first] * math.prod(x.shape[a] for a in others)):
+        result = kernel(kernel(x, others), [first]) if others else kernel(x, [first])
     return result / math.prod(x.shape[a] for a in axes) if kind == "ReduceMean" else result
 
 
