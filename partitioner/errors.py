@@ -9,6 +9,10 @@ class PartitionError(Exception):
     """A mistake that the user can mend; the message says where, what and what to do (exit code 2)."""
 
 
+class ShapeError(PartitionError):
+    """The network cannot take the extents given; it might take others."""
+
+
 class ExecutionError(Exception):
     """A failure while running a valid plan: a rank died, a disk filled up (exit code 1)."""
 

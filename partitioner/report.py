@@ -14,10 +14,13 @@ from rich.text import Text
 from partitioner import dialect
 from partitioner.cost import PlanCost, StepCost, cells
 from partitioner.geometry import hull
-from partitioner.layout import Layout
+from partitioner.layout import AxisLayout, Layout
 
 MANY_RANKS = 16
 """Above this many ranks the tables show extremes instead of a row for each."""
+
+MANY_PARTS = 6
+"""Above this many shards of an axis the table names only some of them."""
 
 
 def plan_dict(model: ir.Model, cost: PlanCost) -> dict[str, Any]:
@@ -161,9 +164,35 @@ def render(model: ir.Model, cost: PlanCost) -> Group:
     return Group(_node_table(cost), _rank_table(cost), *_remarks(model, cost))
 
 
+def short_layout(layout: Layout) -> str:
+    """A layout for a table: long lists of shards are cut short."""
+    items = [str(n) if axis is None else _short_axis(axis) for n, axis in zip(layout.shape, layout.axes, strict=True)]
+    return "[" + ", ".join(items) + "]"
+
+
+def _short_axis(axis: AxisLayout) -> str:
+    name, _, body = str(axis).partition("(")
+    mark = "|" if axis.cuts is not None else " "
+    parts = body.removesuffix(")").split(mark)
+    if len(parts) > MANY_PARTS:
+        parts = [*parts[:3], "...", parts[-1]]
+    return f"{name}({mark.join(parts)})"
+
+
+def _layout_text(node: ir.Node) -> str:
+    """The layout of a node's result; for an exchange what is owned before and needed after, where they differ."""
+    target = dialect.get_layout(node.outputs[0])
+    if not dialect.is_exchange(node) or node.inputs[0] is None:
+        return short_layout(target)
+    pairs = zip(dialect.get_layout(node.inputs[0]).axes, target.axes, strict=True)
+    changes = [f"axis {i} {'whole' if a is None else _short_axis(a)} -> {'whole' if b is None else _short_axis(b)}"
+               for i, (a, b) in enumerate(pairs) if a != b]
+    return "\n".join(changes)
+
+
 def _node_table(cost: PlanCost) -> Table:
     table = Table(title=f"plan for {cost.mesh.size} ranks ({cost.mesh})", title_justify="left", pad_edge=False)
-    for name, justify in (("node", "left"), ("operator", "left"), ("layout of the result", "left"),
+    for name, justify in (("node", "left"), ("operator", "left"), ("owned (of an exchange: owned -> needed)", "left"),
                           ("halo", "left"), ("sent", "right"), ("messages", "right"), ("live, max", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
     for step in cost.steps:
@@ -178,7 +207,7 @@ def _node_table(cost: PlanCost) -> Table:
         elif replicated_axes(node, cost):
             halo, style = f"REPLICATED over {','.join(replicated_axes(node, cost))}", "yellow"
         sent, messages = int(step.sent.sum()), int(step.messages.sum())
-        table.add_row(str(node.name), node.op_type, Text(str(dialect.get_layout(node.outputs[0]))), halo,
+        table.add_row(str(node.name), node.op_type, Text(_layout_text(node)), halo,
                       size_text(sent) if sent else "", str(messages) if messages else "",
                       size_text(int(step.live.max(initial=0))), style=style)
     return table

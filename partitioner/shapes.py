@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from partitioner.errors import PartitionError
+from partitioner.errors import PartitionError, ShapeError
 from passes.canonicalize import bind_inputs, infer_and_fold, prepare
 
-MULTIPLES = (2, 4, 8, 16, 32, 64)
-"""Extents tried first: networks that halve n times take multiples of 2^n."""
+FARTHEST = 64
+"""How many cells smaller or larger an axis is tried."""
 
 
 def spatial_rank(model: ir.Model) -> int:
@@ -29,9 +29,7 @@ def with_nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -
     """
     try:
         yield
-    except PartitionError as error:
-        if "this volume's extents" not in str(error) and "larger volume" not in str(error):
-            raise
+    except ShapeError as error:
         nearest = nearest_shapes(source, shapes)
         if not nearest:
             raise
@@ -39,25 +37,33 @@ def with_nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -
 
 
 def nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The nearest smaller and larger extents of the first volume that the network takes, as text."""
-    name = next((n for n, s in shapes.items() if len(s) >= 3), None)
-    if name is None:
+    """The nearest smaller and larger extents of the volume that the network takes, as text.
+
+    Each axis is searched on its own, in cubes, since what a network can take is mostly a rule per axis.
+    """
+    name = max(shapes, key=lambda n: len(shapes[n]), default=None)
+    if name is None or len(shapes[name]) < 3:
         return []
     given = tuple(shapes[name])
-    for multiple in MULTIPLES:
-        found: list[str] = []
-        for up in (False, True):
-            extents = tuple(n if a < 2 else _round(n, multiple, up) for a, n in enumerate(given))
-            if min(extents) > 0 and extents != given and takes(source, {**shapes, name: extents}):
-                text = f"{name}={'x'.join(map(str, extents))}"
-                found += [text] if text not in found else []
-        if found:
-            return found
-    return []
+    known: dict[int, bool] = {}
+
+    def works(n: int) -> bool:
+        if n not in known:
+            known[n] = n > 0 and takes(source, {**shapes, name: (*given[:2], *(n for _ in given[2:]))})
+        return known[n]
+
+    found: list[str] = []
+    for direction in (-1, 1):
+        extents = [_search(n, direction, works) for n in given[2:]]
+        candidate = (*given[:2], *(n for n in extents if n is not None))
+        text = f"{name}={'x'.join(map(str, candidate))}"
+        if None not in extents and text not in found and takes(source, {**shapes, name: candidate}):
+            found.append(text)
+    return found
 
 
-def _round(n: int, multiple: int, up: bool) -> int:
-    return -(-n // multiple) * multiple if up else n // multiple * multiple
+def _search(n: int, direction: int, works: Callable[[int], bool]) -> int | None:
+    return next((n + direction * step for step in range(FARTHEST + 1) if works(n + direction * step)), None)
 
 
 def takes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -> bool:

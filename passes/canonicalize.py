@@ -18,8 +18,8 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as library
 
-from partitioner.errors import PartitionError, refuse_all
-from partitioner.ops.base import Unsupported
+from partitioner.errors import ShapeError, refuse_all
+from partitioner.ops.base import Unsupported, WrongExtents
 from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.registry import lookup
 from passes.base import Check, Pass
@@ -29,10 +29,6 @@ from passes.fold import Folder
 Shapes = Mapping[str, Sequence[int]]
 
 _SHORTHANDS = ("auto_pad", "ceil_mode", "output_shape")
-
-
-class ShapeError(PartitionError):
-    """The network cannot take the extents given, though it could take others."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,9 @@ class Canonicalize(Pass):
         prepare(model)
         bind_inputs(model, self.shapes)
         problems = infer_and_fold(model)
-        refuse_all(problems)
+        if any(p.about_extents for p in problems):
+            raise ShapeError("\n".join(p.text for p in problems))
+        refuse_all([p.text for p in problems])
         _drop_copies(model)
         _spell_out(model)
         library.RemoveUnusedNodesPass()(model)
@@ -144,21 +142,29 @@ def _bind(value: ir.Value, given: Sequence[int] | None, symbols: dict[str, int])
     return None
 
 
-def infer_and_fold(model: ir.Model) -> list[str]:
-    """Compute every extent and fold every constant, in place; returns the problems, by node name."""
+@dataclass(frozen=True)
+class Problem:
+    """Why a model is refused, by node name; `about_extents` when other extents might do."""
+
+    text: str
+    about_extents: bool = False
+
+
+def infer_and_fold(model: ir.Model) -> list[Problem]:
+    """Compute every extent and fold every constant, in place; returns the problems."""
     folder = Folder(model)
-    problems: list[str] = []
+    problems: list[Problem] = []
     unknown: set[ir.Value] = set()
     for node in list(model.graph):
         if any(v in unknown for v in node.inputs if v is not None):
             unknown.update(node.outputs)
             if lookup(node.domain, node.op_type) is None and not _is_shape(node):
-                problems.append(_problem(node, "this operator has no rule; export the model without it"))
+                problems.append(_problem(node, Unsupported("this operator has no rule; export the model without it")))
             continue
         try:
             _visit(model, node, folder)
         except Unsupported as error:
-            problems.append(_problem(node, str(error)))
+            problems.append(_problem(node, error))
             unknown.update(node.outputs)
     if not problems:
         problems += _settle_rest(model, folder)
@@ -171,9 +177,9 @@ def _is_shape(node: ir.Node) -> bool:
     return node.domain == "" and node.op_type in ("Shape", "Size", "Constant")
 
 
-def _problem(node: ir.Node, reason: str) -> str:
+def _problem(node: ir.Node, reason: Unsupported) -> Problem:
     domain = f"{node.domain}." if node.domain else ""
-    return f"{node.name} ({domain}{node.op_type}): {reason}"
+    return Problem(f"{node.name} ({domain}{node.op_type}): {reason}", isinstance(reason, WrongExtents))
 
 
 def _visit(model: ir.Model, node: ir.Node, folder: Folder) -> None:
@@ -189,13 +195,13 @@ def _visit(model: ir.Model, node: ir.Node, folder: Folder) -> None:
         value.type = ir.TensorType(found.dtype)
 
 
-def _settle_rest(model: ir.Model, folder: Folder) -> list[str]:
+def _settle_rest(model: ir.Model, folder: Folder) -> list[Problem]:
     """Values that constants decide and that leave the graph."""
     try:
         folder.settle([v for v in model.graph.outputs])
     except Unsupported as error:
-        return [str(error)]
-    return [f"output '{v.name}' does not depend on any input; remove it from the model"
+        return [Problem(str(error))]
+    return [Problem(f"output '{v.name}' does not depend on any input; remove it from the model")
             for v in model.graph.outputs if v.const_value is not None]
 
 

@@ -193,7 +193,7 @@ class _Expansion:
             name, held = self.shards[str(value.name), rank], self._box(value, rank)
         key = (name, rank, box)
         if box != held and key not in self.parts:
-            emitter = Emitter(self.scope, f"{value.name}@{rank}/part{len(self.parts)}/")
+            emitter = Emitter(self.scope, f"{value.name}.part{len(self.parts)}@{rank}/")
             self.parts[key] = assemble(emitter, box, [Source(name, held, held)])
             self._place(emitter, rank)
         return name if box == held else self.parts[key]

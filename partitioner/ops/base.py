@@ -35,6 +35,10 @@ class Unsupported(Exception):
     """This node cannot be kept exact; the message gives the reason and the remedy, without the node's name."""
 
 
+class WrongExtents(Unsupported):
+    """The node cannot take these extents, though it might take others."""
+
+
 @dataclass(frozen=True)
 class TensorType:
     """Static extents and element type of a value."""

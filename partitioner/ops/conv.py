@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
-from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported, whole
+from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported, WrongExtents, whole
 from partitioner.ops.convolve import Geometry, convolve
 from partitioner.ops.registry import register
 from partitioner.ops.windows import (
@@ -254,7 +254,7 @@ def _read_transposed(view: NodeView, extents: Sequence[int], kernel: Sequence[in
             hi = full - target - lo
         out = full - lo - hi
         if out < 1:
-            raise Unsupported(f"it leaves no output along axis {axis + 2}; use a larger volume")
+            raise WrongExtents(f"it leaves no output along axis {axis + 2}; use a larger volume")
         windows.append(TransposedWindow(n, out, k, s, d, lo))
     return tuple(windows)
 

@@ -17,6 +17,7 @@ from partitioner.ops.base import (
     Operator,
     TensorType,
     Unsupported,
+    WrongExtents,
     aligned,
     whole,
 )
@@ -57,7 +58,7 @@ class Gemm(Operator):
         flip_a, flip_b = bool(view.int("transA", 0)), bool(view.int("transB", 0))
         (rows, inner), (inner_b, columns) = (s[::-1] if f else s for s, f in ((a.shape, flip_a), (b.shape, flip_b)))
         if inner != inner_b:
-            raise Unsupported(f"it multiplies {inner} features by a matrix of {inner_b} rows; the network takes "
+            raise WrongExtents(f"it multiplies {inner} features by a matrix of {inner_b} rows; the network takes "
                               "one extent of volume only: give the one that it was exported for")
         return cls(view.inputs, (TensorType((rows, columns), a.dtype),),
                    view.float("alpha", 1.0), view.float("beta", 1.0), flip_a, flip_b)
@@ -107,7 +108,7 @@ class MatMul(Operator):
         if a.rank < 2 or b.rank < 2:
             raise Unsupported("a product with a vector has no sharded rule; export it as a matrix of one column")
         if a.shape[-1] != b.shape[-2]:
-            raise Unsupported(f"it multiplies {list(a.shape)} by {list(b.shape)}; the network takes one extent of "
+            raise WrongExtents(f"it multiplies {list(a.shape)} by {list(b.shape)}; the network takes one extent of "
                               "volume only: give the one that it was exported for")
         lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         return cls(view.inputs, (TensorType((*lead, a.shape[-2], b.shape[-1]), a.dtype),))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from partitioner.ops.base import Call, Example, Needs, NodeView, Operator, TensorType, Unsupported, aligned
+from partitioner.ops.base import Call, Example, Needs, NodeView, Operator, TensorType, Unsupported, WrongExtents, aligned
 from partitioner.ops.dtypes import is_known, torch_dtype
 from partitioner.ops.registry import register
 
@@ -285,7 +285,7 @@ def _broadcast(types: list[TensorType]) -> tuple[int, ...]:
         return np.broadcast_shapes(*(t.shape for t in types))
     except ValueError:
         shapes = " and ".join(str(list(t.shape)) for t in types)
-        raise Unsupported(f"shapes {shapes} do not broadcast; the network cannot take this volume's extents") from None
+        raise WrongExtents(f"shapes {shapes} do not broadcast; the network cannot take this volume's extents") from None
 
 
 @register

@@ -14,7 +14,7 @@ import numpy as np
 
 from partitioner.geometry import Box, Interval, Pieces
 from partitioner.maps import Taps, identity
-from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
+from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported, WrongExtents
 from partitioner.ops.registry import register
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _read_target(view: NodeView, data: TensorType) -> tuple[tuple[int, ...], lis
     grown = [float(np.float32(n) * np.float32(s)) for n, s in zip(data.shape, scales, strict=True)]
     extents = tuple(math.floor(n) for n in grown)
     if min(extents) < 1:
-        raise Unsupported(f"it leaves extents {list(extents)}; use a larger volume")
+        raise WrongExtents(f"it leaves extents {list(extents)}; use a larger volume")
     return extents, scales
 
 
@@ -236,7 +236,7 @@ def _from_sizes(view: NodeView, data: TensorType, axes: Sequence[int],
                 sizes: Sequence[int]) -> tuple[tuple[int, ...], list[float]]:
     policy = view.text("keep_aspect_ratio_policy", "stretch")
     if len(sizes) != len(axes) or min(sizes) < 1:
-        raise Unsupported(f"sizes {list(sizes)} do not fit its input of {data.rank} axes; use a larger volume")
+        raise WrongExtents(f"sizes {list(sizes)} do not fit its input of {data.rank} axes; use a larger volume")
     if policy != "stretch":
         ratios = [size / data.shape[a] for size, a in zip(sizes, axes, strict=True)]
         ratio = min(ratios) if policy == "not_larger" else max(ratios)

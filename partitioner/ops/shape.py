@@ -20,6 +20,7 @@ from partitioner.ops.base import (
     Operator,
     TensorType,
     Unsupported,
+    WrongExtents,
     whole,
 )
 from partitioner.ops.registry import register
@@ -63,7 +64,7 @@ class Concat(Operator):
             pairs = zip(types[0].shape, other.shape, strict=False)
             if other.rank != rank or any(a != b for i, (a, b) in enumerate(pairs) if i != axis):
                 shapes = ", ".join(str(list(t.shape)) for t in types)
-                raise Unsupported(f"extents {shapes} differ beside axis {axis}; the network cannot take this "
+                raise WrongExtents(f"extents {shapes} differ beside axis {axis}; the network cannot take this "
                                   "volume's extents")
         sizes = [t.shape[axis] for t in types]
         starts = tuple(sum(sizes[:i]) for i in range(len(sizes)))
@@ -225,7 +226,7 @@ class Slice(Move):
             else:
                 maps[axis] = Taps(n, len(cells), tuple((c,) for c in cells))
         if any(m.n_out == 0 for m in maps):
-            raise Unsupported(f"it leaves nothing of extents {list(data.shape)}; use a larger volume")
+            raise WrongExtents(f"it leaves nothing of extents {list(data.shape)}; use a larger volume")
         return cls(view.inputs, (TensorType(tuple(m.n_out for m in maps), data.dtype),), tuple(maps), 0.0)
 
 
@@ -260,7 +261,7 @@ class Pad(Move):
         for i, axis in enumerate(axes):
             maps[axis] = _pad_map(mode, data.shape[axis], pads[i], pads[len(axes) + i])
         if any(m.n_out < 1 for m in maps):
-            raise Unsupported(f"it leaves nothing of extents {list(data.shape)}; use a larger volume")
+            raise WrongExtents(f"it leaves nothing of extents {list(data.shape)}; use a larger volume")
         value = view.attributes.get("value") if view.version < 11 else view.constant(2, "padding value")
         fill = 0.0 if value is None or np.size(value) == 0 else float(np.asarray(value).reshape(-1)[0])
         return cls(view.inputs, (TensorType(tuple(m.n_out for m in maps), data.dtype),), tuple(maps), fill)
@@ -271,7 +272,7 @@ def _pad_map(mode: str, n: int, lo: int, hi: int) -> AxisMap:
     if mode == "constant" or (lo <= 0 and hi <= 0):
         return Shift(n, out, -lo)
     if mode in ("reflect", "wrap") and max(lo, hi) > (n - 1 if mode == "reflect" else n):
-        raise Unsupported(f"{mode} padding of {max(lo, hi)} cells on an axis of {n}; use a larger volume")
+        raise WrongExtents(f"{mode} padding of {max(lo, hi)} cells on an axis of {n}; use a larger volume")
     cells = np.pad(np.arange(n), (max(lo, 0), max(hi, 0)), mode=mode)  # pyright: ignore
     cells = cells[max(0, -lo) : len(cells) - max(0, -hi)]
     return Taps(n, out, tuple((int(c),) for c in cells))
@@ -301,7 +302,7 @@ class Reshape(Operator):
         data = view.input(0)
         target = _TARGETS[view.op_type](view, data.shape)
         if math.prod(target) != math.prod(data.shape):
-            raise Unsupported(f"extents {list(data.shape)} do not become {list(target)}; the network cannot take "
+            raise WrongExtents(f"extents {list(data.shape)} do not become {list(target)}; the network cannot take "
                               "this volume's extents")
         return cls(view.inputs, (TensorType(target, data.dtype),), _reshape_needs(data.shape, target))
 

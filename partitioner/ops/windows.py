@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from partitioner.geometry import Interval
 from partitioner.maps import Window, ceil_div
-from partitioner.ops.base import Need, NodeView, Unsupported
+from partitioner.ops.base import Need, NodeView, Unsupported, WrongExtents
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def read_windows(view: NodeView, extents: Sequence[int], kernel: Sequence[int], 
         lo, hi = _pads(auto, n, (k - 1) * d + 1, s, pads[axis], pads[count + axis])
         out = _window_count(n, lo, hi, (k - 1) * d + 1, s, ceil_mode)
         if out < 1:
-            raise Unsupported(
+            raise WrongExtents(
                 f"a window of {(k - 1) * d + 1} cells does not fit the {n} cells of axis {axis + 2} "
                 f"(padding {lo} and {hi}); use a larger volume"
             )
