@@ -102,11 +102,11 @@ def is_gather(node: ir.Node) -> bool:
 
 def replicated_axes(node: ir.Node, cost: PlanCost) -> tuple[str, ...]:
     """Mesh axes along which every rank computes the same (larger than a vector) result."""
-    if dialect.is_communication(node):
+    if dialect.is_communication(node) or dialect.get_partial(node):
         return ()
     layout = dialect.get_layout(node.outputs[0])
-    spatial = layout.shape[2:]
-    if not any(n > 1 for n in spatial) and len(layout.shape) > 2:
+    is_vector = len(layout.shape) < 2 or (len(layout.shape) > 2 and all(n == 1 for n in layout.shape[2:]))
+    if is_vector:
         return ()
     return tuple(n for n in cost.mesh.names if cost.mesh.count(n) > 1 and n not in layout.mesh_axes)
 
@@ -192,7 +192,7 @@ def _layout_text(node: ir.Node) -> str:
 
 def _node_table(cost: PlanCost) -> Table:
     table = Table(title=f"plan for {cost.mesh.size} ranks ({cost.mesh})", title_justify="left", pad_edge=False)
-    for name, justify in (("node", "left"), ("operator", "left"), ("owned (of an exchange: owned -> needed)", "left"),
+    for name, justify in (("node", "left"), ("operator", "left"), ("owned, or owned -> needed", "left"),
                           ("halo", "left"), ("sent", "right"), ("messages", "right"), ("live, max", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
     for step in cost.steps:
