@@ -131,8 +131,9 @@ def _make_inputs(demo: Demo, console: Console) -> Phantom:
     with _step(console, f"a CT-like scan of {_times(demo.size)} voxels: {demo.scan}"):
         scan = phantom(demo.size)
         write_nifti(scan.hounsfield, scan.affine, demo.scan)
-    with _step(console, f"teach a {config.levels}-level 3D U-Net the phantom, {demo.train_steps} steps"):
-        fit(network, demo.train_steps)
+    with _step(console, f"teach a {config.levels}-level 3D U-Net the phantom (weights for a picture with organs)"):
+        taken = fit(network, demo.train_steps)
+        console.print(f"{taken} of {demo.train_steps} steps")
     with _step(console, f"export it with torch.onnx: {demo.model}"):
         export(network, (1, 1, *demo.size), demo.model)
     return scan
@@ -161,9 +162,7 @@ def _partition(demo: Demo, console: Console, *arguments: str) -> None:
     """Run one command of the toolkit as the user would, after showing it."""
     command = [sys.executable, "-m", "partitioner.cli", *arguments]
     console.rule(style="dim")
-    console.print(
-        f"[bold]$[/bold] {escape(shlex.join(['partition', *arguments]))}", highlight=False, soft_wrap=True
-    )
+    console.print(f"[bold]$[/bold] {escape(shlex.join(['partition', *arguments]))}", highlight=False, soft_wrap=True)
     started = time.perf_counter()
     code = subprocess.run(command, check=False).returncode
     if code:

@@ -192,9 +192,7 @@ def _symbolic_axes(rank: int) -> dict[int, str]:
     return {0: "batch", **dict(zip(range(2, rank), _AXIS_NAMES[5 - rank :], strict=True))}
 
 
-def _export_dynamo(
-    model: nn.Module, example: Tensor, path: Path, dynamic: bool, keep_batch_norm: bool
-) -> None:
+def _export_dynamo(model: nn.Module, example: Tensor, path: Path, dynamic: bool, keep_batch_norm: bool) -> None:
     torch.onnx.export(
         model,
         (example,),
@@ -209,9 +207,7 @@ def _export_dynamo(
     )
 
 
-def _export_torchscript(
-    model: nn.Module, example: Tensor, path: Path, dynamic: bool, keep_batch_norm: bool
-) -> None:
+def _export_torchscript(model: nn.Module, example: Tensor, path: Path, dynamic: bool, keep_batch_norm: bool) -> None:
     mode = torch.onnx.TrainingMode
     torch.onnx.export(
         model,
@@ -339,9 +335,7 @@ class _Residual(nn.Module):
             nn.ReLU(),
             *_convolution_norm(dims, after, after, norm),
         )
-        self.shortcut = nn.Sequential(
-            _CONVOLUTION[dims - 1](before, after, 1, stride=2), _norm(dims, after, norm)
-        )
+        self.shortcut = nn.Sequential(_CONVOLUTION[dims - 1](before, after, 1, stride=2), _norm(dims, after, norm))
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.shortcut(x) + self.body(x))

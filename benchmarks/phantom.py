@@ -85,9 +85,7 @@ def phantom(shape: Sequence[int] = DEFAULT_SHAPE, seed: int = 0) -> Phantom:
     return Phantom(np.rint(values, out=values).astype(np.int16), classes)
 
 
-def write_nifti(
-    voxels: NDArray[np.generic], affine: NDArray[np.float64], path: str | os.PathLike[str]
-) -> Path:
+def write_nifti(voxels: NDArray[np.generic], affine: NDArray[np.float64], path: str | os.PathLike[str]) -> Path:
     """Write voxels (depth, height, width) as .nii or .nii.gz, and leave no half-written file behind.
 
     Raises:

@@ -100,9 +100,7 @@ def _difference(output: Path, reference: Path) -> float:
     return found
 
 
-def _advance(
-    progress: Progress, task: TaskID, case: str, side: SideResult, repeat: int, repeats: int
-) -> None:
+def _advance(progress: Progress, task: TaskID, case: str, side: SideResult, repeat: int, repeats: int) -> None:
     progress.advance(task)
     if side.failure:
         progress.console.print(f"{case}: {side.side.name}: failed: {side.failure}", markup=False)

@@ -5,7 +5,9 @@ The promise of the toolkit does not depend on it: any weights are partitioned ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +24,29 @@ _SAMPLES_PER_CLASS = 8000
 _STEP_SHAPE = (37, 48, 43)
 _STEP_BATCH = 2
 _LEARNING_RATE = 3e-3
+_WARM_UP = 0.2
 
 
-def fit(network: UNet, steps: int = 30, progress: Callable[[int], None] = lambda step: None) -> None:
+def fit(network: UNet, steps: int = 30, limit_seconds: float = 30) -> int:
     """Fit the head to the fixed features of the seeded network, then all weights for some steps of Adam.
 
     Args:
         network: one input channel in Hounsfield units, one class per `CLASS_NAMES`; changed in place.
         steps: 0 leaves the network as it is.
-        progress: called with the number of finished steps.
+        limit_seconds: a slow or busy machine takes fewer steps; the learning rate ends low all the same.
+
+    Returns:
+        the number of steps taken; the same weights follow from the same number.
     """
     if steps == 0:
-        return
+        return 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _fit_head(network)
         network.train()
-        _descend(network, steps, progress)
+        taken = _descend(network, steps, limit_seconds)
         network.eval()
+    return taken
 
 
 def _batch(shape: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -89,17 +96,25 @@ def _sample_features(network: UNet) -> tuple[Tensor, Tensor]:
     return torch.cat([f for f, _ in found]), torch.cat([y for _, y in found])
 
 
-def _descend(network: UNet, steps: int, progress: Callable[[int], None]) -> None:
+def _descend(network: UNet, steps: int, limit_seconds: float) -> int:
     weights = torch.tensor(_CLASS_WEIGHTS)
-    optimiser = torch.optim.Adam(network.parameters(), _LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, _LEARNING_RATE, total_steps=max(steps, 2), pct_start=0.2
-    )
+    optimiser = torch.optim.Adam(network.parameters())
+    started = time.monotonic()
     for step in range(steps):
+        progress = max(step / steps, (time.monotonic() - started) / limit_seconds)
+        if progress >= 1:
+            return step
+        optimiser.param_groups[0]["lr"] = _learning_rate(progress)
         first = 10 + _STEP_BATCH * step
         volumes, classes = _batch(_STEP_SHAPE, range(first, first + _STEP_BATCH))
         optimiser.zero_grad()
         functional.cross_entropy(network(volumes), classes, weight=weights).backward()
         optimiser.step()
-        schedule.step()
-        progress(step + 1)
+    return steps
+
+
+def _learning_rate(progress: float) -> float:
+    """Up for the first fifth, then down to nothing along a cosine; progress runs from 0 to 1."""
+    if progress < _WARM_UP:
+        return _LEARNING_RATE * (0.1 + 0.9 * progress / _WARM_UP)
+    return _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))

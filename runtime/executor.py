@@ -52,6 +52,10 @@ class Shard:
             self.allocate(window.buffer)
         return Portion(self.program.rank, window.box, self.window(window))
 
+    def has_room(self, window: Window) -> bool:
+        """Whether the window's buffer is larger than the window: room for a halo that comes later."""
+        return self.program.buffers[window.buffer].box.shape != window.box.shape
+
     def parcel(self, message: Message) -> Parcel:
         """A message's cells, axes in storage order."""
         found = [in_storage_order(v, self.program.storage)
@@ -144,7 +148,10 @@ class Executor:
                         for (_, action), box in zip(pairs, inboxes, strict=True)]
         for (shard, action), merged in zip(pairs, partials, strict=True):
             for window, tensor in zip(action.targets, merged, strict=True):
-                shard.buffers[window.buffer] = tensor
+                if shard.has_room(window):
+                    view(shard.allocate(window.buffer), window).copy_(tensor)
+                else:
+                    shard.buffers[window.buffer] = tensor
 
 
 def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -168,9 +175,7 @@ def compute(shard: Shard, action: Compute) -> None:
     tensors = tuple(None if w is None else shard.window(w) for w in action.reads)
     boxes = tuple(None if w is None else w.box for w in action.reads)
     window = action.writes[0]
-    spec = shard.program.buffers[window.buffer]
-    roomy = spec.box.shape != window.box.shape
-    into = shard.allocate(window.buffer) if roomy else None
+    into = shard.allocate(window.buffer) if shard.has_room(window) else None
     place = None if into is None else view(into, window)
     results = action.operator.run(Call(tensors, boxes, outs, place if action.operator.writes_into else None))
     for target, result in zip(action.writes[1:], results[1:], strict=False):

@@ -233,8 +233,9 @@ def check_compute(devices: Devices, plan: ir.Model, action: Compute, rank: int) 
         assert not devices.group(name), f"{name} computes nothing and has nodes"
         return
     assert devices.results(name) == outs, name
-    weights = {str(v.name) for v in plan.graph.initializers.values()}
-    reads = {w.box.shape for w in action.reads if w is not None and w.box and w.buffer not in weights}
+    weights = {str(v.name): dialect.shape_of(v) for v in plan.graph.initializers.values()}
+    reads = {w.box.shape for w in action.reads
+             if w is not None and w.box and w.box.shape != weights.get(w.buffer)}
     assert set(devices.reads(name)) == reads, name
     main = devices.nodes[name]
     windows = getattr(action.operator, "windows", None)
@@ -265,6 +266,9 @@ def check_exchange(devices: Devices, plan: ir.Model, action: Exchange, rank: int
 
 def check_all_reduce(devices: Devices, action: AllReduce, rank: int) -> None:
     name = f"{action.name}@{rank}"
-    if all(0 not in w.box.shape for w in action.targets) and devices.group(name):
-        assert devices.results(name) == [w.box.shape for w in action.targets], name
-        assert len(devices.group(name)) == len(action.groups), name
+    if any(0 in w.box.shape for w in action.targets):
+        assert not devices.group(name), name
+        return
+    assert devices.results(name) == [w.box.shape for w in action.targets], name
+    # one step per mesh axis, less those where the whole group holds nothing yet
+    assert 1 <= len(devices.group(name)) <= len(action.groups), name

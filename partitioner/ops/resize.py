@@ -92,6 +92,8 @@ class Resize(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         result = call.tensor(0)
+        if not call.box(0):  # wholly outside a cropped region
+            return (result.new_full(call.outs[0].shape, self.extrapolation),)
         for axis in self._order():
             resampling = self.axes[axis]
             assert resampling is not None

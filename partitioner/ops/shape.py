@@ -271,10 +271,11 @@ def _pad_map(mode: str, n: int, lo: int, hi: int) -> AxisMap:
     out = max(0, n + lo + hi)
     if mode == "constant" or (lo <= 0 and hi <= 0):
         return Shift(n, out, -lo)
-    if mode in ("reflect", "wrap") and max(lo, hi) > (n - 1 if mode == "reflect" else n):
-        raise WrongExtents(f"{mode} padding of {max(lo, hi)} cells on an axis of {n}; use a larger volume")
-    cells = np.pad(np.arange(n), (max(lo, 0), max(hi, 0)), mode=mode)  # pyright: ignore
-    cells = cells[max(0, -lo) : len(cells) - max(0, -hi)]
+    rest = np.arange(max(0, -lo), n - max(0, -hi))  # negative amounts crop first, as onnxruntime does
+    most = {"reflect": len(rest) - 1, "wrap": len(rest)}.get(mode, max(lo, hi))
+    if max(lo, hi) > most or not len(rest):
+        raise WrongExtents(f"{mode} padding of {max(lo, hi)} cells on an axis of {len(rest)}; use a larger volume")
+    cells = np.pad(rest, (max(lo, 0), max(hi, 0)), mode=mode)  # pyright: ignore
     return Taps(n, out, tuple((int(c),) for c in cells))
 
 
