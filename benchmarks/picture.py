@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,31 +74,55 @@ def draw(
         OSError: when the path cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     place = choose_slice(classes, cuts)
-    aspect = spacing[place.seen[0]] / spacing[place.seen[1]]
-    origin = "lower" if place.seen[0] == 0 else "upper"
     figure = Figure(figsize=(12, 6.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
+    style = _Style(
+        aspect=spacing[place.seen[0]] / spacing[place.seen[1]],
+        origin="lower" if place.seen[0] == 0 else "upper",  # the head is at the high end of depth
+    )
     for panel in (left, right):
-        low, high = _WINDOW_HU
-        panel.imshow(place.of(scan), cmap="gray", vmin=low, vmax=high, aspect=aspect, origin=origin)
+        _draw_scan(panel, place.of(scan), style)
         _draw_borders(panel, cuts, place)
-    palette = ListedColormap(_COLOURS)
-    right.imshow(
-        place.of(classes), cmap=palette, vmin=-0.5, vmax=len(_COLOURS) - 0.5, aspect=aspect, origin=origin,
-        interpolation="nearest",
-    )  # fmt: skip
+    _draw_classes(right, place.of(classes), class_names, style)
+    low, high = _WINDOW_HU
     left.set_title(f"scan, {_AXIS_NAMES[place.axis]} {place.index} (Hounsfield units {low} to {high})")
     right.set_title("predicted class, computed by the shards")
-    patches = [Patch(color=c, label=n) for c, n in zip(_COLOURS[1:], class_names[1:], strict=True)]
-    right.legend(handles=patches, loc="lower right", framealpha=0.9)
     figure.suptitle(title)
     return _save(figure, Path(path))
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How a slice is laid on the page."""
+
+    aspect: float
+    origin: Literal["lower", "upper"]
+
+
+def _draw_scan(panel: Axes, scan: NDArray[np.int16], style: _Style) -> None:
+    low, high = _WINDOW_HU
+    panel.imshow(scan, cmap="gray", vmin=low, vmax=high, aspect=style.aspect, origin=style.origin)
+
+
+def _draw_classes(panel: Axes, classes: NDArray[np.uint8], class_names: Sequence[str], style: _Style) -> None:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    panel.imshow(
+        classes,
+        cmap=ListedColormap(_COLOURS),
+        vmin=-0.5,
+        vmax=len(_COLOURS) - 0.5,
+        aspect=style.aspect,
+        origin=style.origin,
+        interpolation="nearest",
+    )
+    patches = [Patch(color=c, label=n) for c, n in zip(_COLOURS[1:], class_names[1:], strict=True)]
+    panel.legend(handles=patches, loc="lower right", framealpha=0.9)
 
 
 def _draw_borders(panel: Axes, cuts: Sequence[Sequence[int]], place: Slice) -> None:

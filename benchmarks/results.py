@@ -53,14 +53,14 @@ class Results:
     threads: int
     repeats: int
     cases: list[CaseResult]
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    environment: dict[str, Any]
     interrupted: bool = False
 
     @classmethod
     def empty(cls, suite: Suite, threads: int, repeats: int) -> Results:
         """The results before anything ran."""
         cases = [CaseResult(case, [SideResult(side) for side in case.sides]) for case in suite.cases]
-        return cls(suite, threads, repeats, cases)
+        return cls(suite, threads, repeats, cases, environment())
 
     @property
     def failed(self) -> bool:
@@ -72,12 +72,9 @@ class Results:
         return {
             "format": FORMAT,
             "suite": self.suite.name,
-            "started": self.started.isoformat(timespec="seconds"),
             "interrupted": self.interrupted,
             "settings": {"threads": self.threads, "repeats": self.repeats},
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
+            **self.environment,
             "cases": [_case_dict(case) for case in self.cases],
         }
 
@@ -96,16 +93,21 @@ class Results:
 
 
 _COLUMNS = ("time s", "memory\nMB", "process\nMB", "forecast\nMB", "sent\nMB", "mes-\nsages", "differ-\nence")
+_LEGEND = (
+    "memory: rise over the idle processes, all of them together; process: the largest single one, and what the "
+    "plan forecasts for it; difference: max|a-b| / max|b| from {first}"
+)
 
 
 def table(result: CaseResult) -> Table:
-    """The case as a table: medians, below them the lowest and the highest; failures as a caption."""
+    """The case as a table: medians, below them the lowest and the highest; failures in the caption."""
     case = result.case
-    failures = [f"{side.side.name}: {side.failure}" for side in result.sides if side.failure]
+    notes = [_LEGEND.format(first=case.sides[0].name)]
+    notes += [f"{side.side.name}: {side.failure}" for side in result.sides if side.failure]
     found = Table(
         title=f"{case.name}: {case.what}",
         title_justify="left",
-        caption=escape("\n".join(failures)) or None,
+        caption=escape("\n".join(notes)),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -175,6 +177,16 @@ def _summary(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def environment() -> dict[str, Any]:
+    """When, where and with what the figures are made, as it is before the first of them."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -43,6 +44,8 @@ class Job:
 
 def main(argv: list[str]) -> int:
     """Open the job's side and obey until `quit` or the end of the input."""
+    # Asked to end, close the session and remove its files instead of dropping everything.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     replies = _own_standard_output()
     job = Job(**json.loads(argv[0]))
     case = find_suite(job.suite).case(job.case)

@@ -25,7 +25,7 @@ from partitioner.errors import refuse_all
 from partitioner.layout import AxisLayout, Cuts, Layout, even_cuts, follow_cuts
 from partitioner.mesh import Mesh, spatial_names
 from partitioner.ops.base import Need
-from partitioner.ops.nodes import needs_of, operator_of
+from partitioner.ops.nodes import needs_of, operator_of, separable_axes
 from passes.base import Check, Pass
 from passes.checks import COVER, KNOWN, LAID_OUT, STATIC
 
@@ -63,7 +63,7 @@ class AssignShards(Pass):
         for node in model.graph:
             for output, value in enumerate(node.outputs):
                 _follow(node, output, value, classes, decided)
-                _assign(value, classes, decided)
+                _assign(value, classes, decided, separable_axes(node, output))
 
 
 def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[str, list[AxisLayout | None]]:
@@ -168,14 +168,16 @@ def _follow(node: ir.Node, output: int, value: ir.Value, classes: Mapping[AxisKe
         decided[root] = AxisLayout.from_cuts(split.mesh_axis, follow_cuts(split.cuts, need.map))
 
 
-def _assign(value: ir.Value, classes: Mapping[AxisKey, AxisKey], decided: Mapping[AxisKey, AxisLayout]) -> None:
-    """Lay out a value as its axes' classes say; a mesh axis splits one axis of a value only."""
+def _assign(value: ir.Value, classes: Mapping[AxisKey, AxisKey], decided: Mapping[AxisKey, AxisLayout],
+            separable: frozenset[int] | None = None) -> None:
+    """Lay out a value as its axes' classes say, as far as they are separable; a mesh axis splits one axis only."""
     if value.shape is None:
         return
     shape = dialect.shape_of(value)
     axes: list[AxisLayout | None] = []
     for axis in range(len(shape)):
         split = decided.get(classes.get((str(value.name), axis), (str(value.name), axis)))
+        split = split if separable is None or axis in separable else None
         taken = {a.mesh_axis for a in axes if a is not None}
         axes.append(None if split is None or split.mesh_axis in taken else split)
     dialect.set_layout(value, Layout(shape, tuple(axes)))

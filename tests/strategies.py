@@ -201,14 +201,17 @@ def conv_transpose(b: Builder) -> bool:
     how = b.choose("plain", "pads", "pads", "auto", "shape")
     if how == "pads":
         attributes["pads"] = [b.integer(0, 2) for _ in range(2 * len(kernel))]
-        attributes["output_padding"] = [b.integer(0, max(s, d) - 1) for s, d in zip(strides, dilations, strict=True)]
+        most = [s if b.style.runtime else max(s, d) for s, d in zip(strides, dilations, strict=True)]
+        attributes["output_padding"] = [b.integer(0, m - 1) for m in most]
         rest = [n - attributes["pads"][a] - attributes["pads"][a + len(full)] for a, n in enumerate(full)]
         if min(rest) < 1:
             return False
     elif how == "auto":
         attributes["auto_pad"] = b.choose("SAME_UPPER", "SAME_LOWER", "VALID")
     elif how == "shape":
-        attributes["output_shape"] = [b.integer(max(1, n - 3), n) for n in full]
+        # onnxruntime loads no model whose output_shape is smaller than the input
+        least = [n if b.style.runtime else 1 for n in x.spatial]
+        attributes["output_shape"] = [b.integer(max(low, n - 3), n) for low, n in zip(least, full, strict=True)]
     weight = b.data(x.shape[1], b.integer(1, 3), *kernel)
     bias = [b.data(weight.shape[1] * group)] if b.flag() else []
     return b.add("ConvTranspose", [x, weight, *bias], attributes)
@@ -223,8 +226,9 @@ def pool(b: Builder) -> bool:
     dilates = b.opset >= (10 if op == "MaxPool" else 19)
     dilations = dilations if dilates else [1] * len(kernel)
     auto = b.choose(None, None, None, "SAME_UPPER", "SAME_LOWER", "VALID")
-    if auto in ("SAME_UPPER", "SAME_LOWER") and b.style.runtime:
+    if auto in ("SAME_UPPER", "SAME_LOWER") and b.style.runtime:  # it knows no other SAME pools
         dilations = [1] * len(kernel)
+        strides = [min(s, k) for s, k in zip(strides, kernel, strict=True)]
     pads = None if auto else [b.integer(0, min(2, k - 1)) for k in kernel * 2]
     ceil = b.integer(0, 1) if b.opset >= 10 and not auto else None
     if not (auto or "").startswith("SAME") and not fits(x.spatial, kernel, dilations, pads or [0] * 6):
@@ -233,9 +237,22 @@ def pool(b: Builder) -> bool:
         return False  # a window of padding alone has no mean, and no maximum
     attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": strides, "auto_pad": auto, "pads": pads,
                                   "ceil_mode": ceil, "dilations": dilations if dilates else None}
+    if ceil and b.style.runtime and b.opset < 22 and not _infers(x, kernel, strides, dilations, pads or [0] * 6):
+        return False
     if op == "AveragePool":
         attributes["count_include_pad"] = b.integer(0, 1)
     return b.add(op, [x], attributes)
+
+
+def _infers(x: Value, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
+            pads: Sequence[int]) -> bool:
+    """Whether shape inference before opset 22 finds the right extents: no window of ceil_mode starts in the padding."""
+    count = len(kernel)
+    for a, (n, k, s, d) in enumerate(zip(x.spatial, kernel, strides, dilations, strict=True)):
+        last = -(-(n + pads[a] + pads[a + count] - (k - 1) * d - 1) // s)
+        if last * s >= n + pads[a]:
+            return False
+    return True
 
 
 def global_pool(b: Builder) -> bool:
@@ -254,7 +271,7 @@ def norm(b: Builder) -> bool:
         variance = np.abs(b.data(channels)) + np.float32(0.5)
         return b.add("BatchNormalization", [x, scale, bias, mean, variance], {"epsilon": epsilon})
     spread = x.cells.var(tuple(range(2, len(x.shape))))
-    if math.prod(x.spatial) > 1 and spread.min() < 1e-4:
+    if spread.min() < 1e-4 and (b.style.runtime or math.prod(x.spatial) > 1):
         return False  # what is nearly constant loses its digits, sharded or not
     return b.add("InstanceNormalization", [x, scale, bias], {"epsilon": epsilon})
 
@@ -307,10 +324,12 @@ def resize(b: Builder) -> bool:
     mode = "nearest" if nearest else "linear"
     factors = [1.0, 1.0, *(b.choose(1.0, 2.0, 3.0, 0.5, 1.5, 0.75, 1.3, 0.4, 2.6) for _ in x.spatial)]
     scales = np.array(factors, np.float32)
-    if min(math.floor(n * s) for n, s in zip(x.shape, scales, strict=True)) < 1:
-        return False
+    sizes = [math.floor(np.float32(n) * s) for n, s in zip(x.shape, scales, strict=True)]
+    inferred = [math.floor(n * float(s)) for n, s in zip(x.shape, scales, strict=True)]
+    if min(sizes) < 1 or (b.style.runtime and sizes != inferred):
+        return False  # onnxruntime multiplies in float32, shape inference does not
     if b.opset < 10:
-        scales = np.maximum(scales, 1)
+        scales = np.array([1, 1, *(b.choose(1.0, 2.0, 3.0, 1.5) for _ in x.spatial)], np.float32)
         return b.add("Upsample", [x, scales], {"mode": mode})
     if b.opset < 11:
         return b.add("Resize", [x, scales], {"mode": mode})

@@ -77,6 +77,17 @@ def needs_of(node: ir.Node, output: int) -> Needs:
     return cache[output]
 
 
+def separable_axes(node: ir.Node, output: int) -> frozenset[int]:
+    """Axes of an output that can be computed in parts: those by which some input is needed in parts.
+
+    The others (a convolution's channels, axes that a reshape mixes) are always computed entirely.
+    """
+    if output >= len(operator_of(node).outputs):
+        return frozenset()
+    given = [needs for needs in needs_of(node, output) if needs is not None]
+    return frozenset(need.axis for needs in given for need in needs if need.axis is not None)
+
+
 def data_needs(node: ir.Node) -> Iterator[tuple[int, ir.Value, Layout]]:
     """(index, value, what every rank needs of it) for the inputs that are no constants."""
     for index, value in enumerate(node.inputs):

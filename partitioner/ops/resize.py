@@ -274,8 +274,9 @@ def _resample(view: NodeView, n: int, out: int, scale: float, roi: tuple[float, 
     exact = scale if nearest or abs(scale * n - out) >= 1 else _exact_scale(scale, n, out)
     rows: list[tuple[int, ...]] = []
     weights: list[tuple[float, ...]] = []
-    for position in _coordinates(coordinate, n, out, exact, roi, number):
-        if coordinate == "tf_crop_and_resize" and not 0 <= position <= n - 1:
+    positions = _coordinates(coordinate, n, out, exact, roi, number)
+    for position, coarse in zip(positions, _coordinates(coordinate, n, out, scale, roi, np.float32), strict=True):
+        if coordinate == "tf_crop_and_resize" and not 0 <= coarse <= n - 1:
             rows.append(())
             weights.append(())
             continue
@@ -304,9 +305,10 @@ def _coordinates(mode: str, n: int, out: int, scale: float, roi: tuple[float, fl
         x = (i + half) / one
     elif mode == "tf_crop_and_resize":
         start, stop = number(roi[0]), number(roi[1])
-        step = (stop - start) * number(n - 1) / number(out - 1) if out > 1 else number(0)
-        first = start * number(n - 1) if out > 1 else half * (start + stop) * number(n - 1)
-        x = first + i * step
+        if out > 1:
+            x = start * number(n - 1) + (i * (stop - start) * number(n - 1)) / number(out - 1)
+        else:
+            x = np.full(out, 0.5 * float(start + stop) * (n - 1), number)
     elif mode == "half_pixel_symmetric":
         adjustment = number(out) / (one * number(n))
         offset = number(n) / number(2) * (number(1) - adjustment)
