@@ -13,7 +13,6 @@ from partitioner.errors import PartitionError
 from partitioner.layout import Cuts
 from partitioner.loader import save_model
 from partitioner.mesh import Mesh
-
 from passes.annotate_devices import AnnotateDevices
 from passes.assign_shards import AssignShards
 from passes.base import Pass

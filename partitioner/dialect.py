@@ -35,6 +35,7 @@ _MESH = "partitioner.mesh"
 _PARTIAL = "partitioner.partial"
 _STORAGE = "partitioner.storage"
 _PASSES = "partitioner.passes"
+_DIGEST = "partitioner.digest"
 
 
 def is_exchange(node: ir.Node) -> bool:
@@ -82,6 +83,16 @@ def get_passes(model: ir.Model) -> tuple[str, ...]:
 def add_pass(model: ir.Model, name: str) -> None:
     """Note that a pass has run."""
     model.metadata_props[_PASSES] = " ".join((*get_passes(model), name))
+
+
+def get_digest(model: ir.Model) -> str | None:
+    """The digest that a saved plan carries; see `partitioner.seal`."""
+    return model.metadata_props.get(_DIGEST)
+
+
+def set_digest(model: ir.Model, digest: str) -> None:
+    """Write the digest into the model."""
+    model.metadata_props[_DIGEST] = digest
 
 
 def get_storage(model: ir.Model) -> str:

@@ -18,14 +18,18 @@ def resize(op: str, version: int, attributes: Mapping[str, Any], xs: Sequence[An
     mode = "asymmetric" if legacy else attributes.get("coordinate_transformation_mode", "half_pixel")
     axes = [a % x.ndim for a in attributes.get("axes", range(x.ndim))]
     scales, sizes = _target(op, version, attributes, xs, axes)
+    shape = list(x.shape)
+    for i, axis in enumerate(axes):
+        shape[axis] = sizes[i] if sizes is not None else int(np.floor(np.float32(x.shape[axis]) * np.float32(scales[i])))
+    if shape == list(x.shape):  # onnxruntime copies, whatever the scales and the roi
+        return x
     roi = np.asarray(xs[1]).reshape(-1) if mode == "tf_crop_and_resize" else np.zeros(2 * len(axes))
     nearest = attributes.get("mode", "nearest") == "nearest"
     rounding = "simple" if legacy else attributes.get("nearest_mode", "round_prefer_floor")
     for i, axis in enumerate(axes):
-        n = x.shape[axis]
-        size = sizes[i] if sizes is not None else int(np.floor(np.float32(n) * np.float32(scales[i])))
+        n, size = x.shape[axis], shape[axis]
         scale = np.float32(scales[i]) if scales is not None else np.float32(size) / np.float32(n)
-        if size == n and scale == 1 and mode != "tf_crop_and_resize":
+        if scale == 1:
             continue
         bounds = (roi[i], roi[i + len(axes)])
         rows = _rows(mode, n, size, scale, bounds, nearest, rounding)
@@ -49,7 +53,7 @@ def _from_sizes(policy: str, shape: Sequence[int], axes: Sequence[int], given: A
         return None, sizes
     pick = min if policy == "not_larger" else max
     ratio = np.float32(pick(np.float32(s) / np.float32(shape[a]) for s, a in zip(sizes, axes, strict=True)))
-    return [ratio] * len(axes), [int(math.floor(ratio * np.float32(shape[a]) + np.float32(0.5))) for a in axes]
+    return [ratio] * len(axes), [math.floor(ratio * np.float32(shape[a]) + np.float32(0.5)) for a in axes]
 
 
 def _rows(mode: str, n: int, size: int, scale: np.float32, roi: tuple[float, float], nearest: bool,
@@ -76,7 +80,8 @@ def _coordinate(number: Any, mode: str, index: int, n: int, size: int, scale: An
     if mode == "half_pixel" or (mode == "pytorch_half_pixel" and size > 1):
         return (i + half) / s - half
     if mode == "half_pixel_symmetric":
-        return length / number(2) * (one - target / (s * length)) + (i + half) / s - half
+        offset = length / number(2) * (one - target / (s * length))
+        return number(float(offset) + (index + 0.5) / float(s) - 0.5)
     if mode == "asymmetric":
         return i / s
     if mode == "tf_half_pixel_for_nn":
@@ -92,9 +97,10 @@ def _coordinate(number: Any, mode: str, index: int, n: int, size: int, scale: An
 
 def _nearest(x: float, n: int, rounding: str, scale: float) -> int:
     away_from_zero = math.floor(abs(x) + 0.5) * (1 if x >= 0 else -1)
+    in_the_middle = abs(x - math.floor(x) - 0.5) < 1e-6
     cell = {
-        "round_prefer_floor": math.floor(x) if x == int(x) + 0.5 else away_from_zero,
-        "round_prefer_ceil": away_from_zero,
+        "round_prefer_floor": math.floor(x) if in_the_middle else away_from_zero,
+        "round_prefer_ceil": math.ceil(x) if in_the_middle else away_from_zero,
         "floor": math.floor(x),
         "ceil": math.ceil(x),
         "simple": math.ceil(x) if scale < 1 else int(x),

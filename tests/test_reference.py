@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from tests.examples import Case, case_data, case_model, examples
+from tests.examples import Case, case_model, examples
 from tests.oracle import close, reference64, run_ort
 
 CASES = [case for case in examples() if case.domain == ""]

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
-from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported, WrongExtents, whole
+from partitioner.ops.base import (
+    Call,
+    Example,
+    Need,
+    Needs,
+    NodeView,
+    Operator,
+    TensorType,
+    Unsupported,
+    WrongExtents,
+    whole,
+)
 from partitioner.ops.convolve import Geometry, convolve
 from partitioner.ops.registry import register
 from partitioner.ops.windows import (

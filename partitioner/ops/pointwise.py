@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from partitioner.ops.base import Call, Example, Needs, NodeView, Operator, TensorType, Unsupported, WrongExtents, aligned
+from partitioner.ops.base import (
+    Call,
+    Example,
+    Needs,
+    NodeView,
+    Operator,
+    TensorType,
+    Unsupported,
+    WrongExtents,
+    aligned,
+)
 from partitioner.ops.dtypes import is_known, torch_dtype
 from partitioner.ops.registry import register
 

@@ -14,7 +14,18 @@ import numpy as np
 
 from partitioner.geometry import Box, Interval, Pieces
 from partitioner.maps import Taps, identity
-from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported, WrongExtents
+from partitioner.ops.base import (
+    Array,
+    Call,
+    Example,
+    Need,
+    Needs,
+    NodeView,
+    Operator,
+    TensorType,
+    Unsupported,
+    WrongExtents,
+)
 from partitioner.ops.registry import register
 
 if TYPE_CHECKING:
@@ -23,6 +34,9 @@ if TYPE_CHECKING:
     from partitioner.ops.emitter import Emitter
 else:
     from partitioner.lazy import torch
+
+_TIE = 1e-6
+"""How near to the middle of two cells onnxruntime lets `nearest_mode` decide."""
 
 _NEAREST_MODES = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil", "simple")
 _COORDINATES = (
@@ -78,8 +92,9 @@ class Resize(Operator):
         _refuse_unknown(view)
         extents, scales = _read_target(view, data)
         roi = _read_roi(view, data.rank)
+        same = extents == data.shape  # onnxruntime then copies, and never touches an axis of scale 1
         axes = tuple(
-            None if n == out and scale == 1.0 and roi is None
+            None if same or scale == 1.0
             else _resample(view, n, out, scale, (0.0, 1.0) if roi is None else roi[a])
             for a, (n, out, scale) in enumerate(zip(data.shape, extents, scales, strict=True))
         )
@@ -239,14 +254,12 @@ def _from_sizes(view: NodeView, data: TensorType, axes: Sequence[int],
     policy = view.text("keep_aspect_ratio_policy", "stretch")
     if len(sizes) != len(axes) or min(sizes) < 1:
         raise WrongExtents(f"sizes {list(sizes)} do not fit its input of {data.rank} axes; use a larger volume")
+    ratios = [float(np.float32(size) / np.float32(data.shape[a])) for size, a in zip(sizes, axes, strict=True)]
     if policy != "stretch":
-        ratios = [size / data.shape[a] for size, a in zip(sizes, axes, strict=True)]
         ratio = min(ratios) if policy == "not_larger" else max(ratios)
-        sizes = [math.floor(ratio * data.shape[a] + 0.5) for a in axes]
-        scales = _scatter([float(np.float32(ratio))] * len(axes), axes, [1.0] * data.rank)
-    else:
-        ratios32 = [float(np.float32(size) / np.float32(data.shape[a])) for size, a in zip(sizes, axes, strict=True)]
-        scales = _scatter(ratios32, axes, [1.0] * data.rank)
+        ratios = [ratio] * len(axes)
+        sizes = [math.floor(float(np.float32(ratio) * np.float32(data.shape[a])) + 0.5) for a in axes]
+    scales = _scatter(ratios, axes, [1.0] * data.rank)
     extents = _scatter([float(s) for s in sizes], axes, [float(n) for n in data.shape])
     return tuple(int(n) for n in extents), scales
 
@@ -312,7 +325,7 @@ def _coordinates(mode: str, n: int, out: int, scale: float, roi: tuple[float, fl
     elif mode == "half_pixel_symmetric":
         adjustment = number(out) / (one * number(n))
         offset = number(n) / number(2) * (number(1) - adjustment)
-        x = offset + (i + half) / one - half
+        x = (offset + (np.arange(out) + 0.5) / scale - 0.5).astype(number)  # in float64 in onnxruntime, too
     else:
         x = (i + half) / one - half
     return [float(v) for v in x]
@@ -325,10 +338,10 @@ def _nearest(x: float, n: int, rounding: str, scale: float) -> tuple[tuple[int, 
         cell = math.floor(x)
     elif rounding == "ceil":
         cell = math.ceil(x)
-    elif rounding == "round_prefer_ceil":
-        cell = math.floor(x + 0.5)
+    elif abs(x - math.floor(x) - 0.5) < _TIE:
+        cell = math.ceil(x) if rounding == "round_prefer_ceil" else math.floor(x)
     else:
-        cell = math.ceil(x - 0.5)
+        cell = math.floor(x + 0.5)
     return (min(max(cell, 0), n - 1),), (1.0,)
 
 
