@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import onnx_ir as ir
 
-from partitioner import dialect
+from partitioner import dialect, seal
 from partitioner.compiler import compile_plan, plain_model
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
 from partitioner.layout import Cuts
 from partitioner.loader import load_file, load_model, save_model
 from partitioner.mesh import Mesh
+from partitioner.ops.dtypes import is_known
 from partitioner.report import plan_dict, render, to_text
-from partitioner.shapes import spatial_rank, with_nearest_shapes
+from partitioner.shapes import axis_extents, spatial_rank, with_nearest_shapes
 
 if TYPE_CHECKING:
     from runtime.session import Runner, RunReport
@@ -57,8 +58,9 @@ def partition(
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
     source, found = _source(model, example)
-    wanted = {name: tuple(int(n) for n in shape) for name, shape in {**found, **(shapes or {})}.items()}
-    return Plan.compile(source, mesh, wanted, _checked_cuts(cuts), None if dump_dir is None else Path(dump_dir))
+    wanted = {**found, **_integers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
+    positions = _integers(cuts, "cuts", "{'depth': (0, 50, 121)}")
+    return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir))
 
 
 def load(path: str | Path) -> Plan:
@@ -84,8 +86,33 @@ def _is_module(model: Any) -> bool:
     return any(c.__module__ == "torch.nn.modules.module" for c in type(model).__mro__)
 
 
-def _checked_cuts(cuts: Mapping[str, Sequence[int]] | None) -> dict[str, Cuts]:
-    return {name: tuple(int(c) for c in positions) for name, positions in (cuts or {}).items()}
+def _integers(given: Mapping[str, Sequence[int]] | None, what: str, example: str) -> dict[str, tuple[int, ...]]:
+    """Names with whole numbers, as the user gave them."""
+    if given is not None and not isinstance(given, Mapping):
+        raise PartitionError(f"{what}: is a {type(given).__name__}; give a dict, as {example}")
+    found: dict[str, tuple[int, ...]] = {}
+    for name, numbers in (given or {}).items():
+        try:
+            found[name] = tuple(operator.index(n) for n in numbers)
+        except TypeError:
+            raise PartitionError(f"{what}: {name}={numbers!r} is no list of whole numbers; give them as {example}") from None
+    return found
+
+
+def _parse_mesh(given: MeshLike, model: ir.Model) -> Mesh:
+    """The mesh that the user gave in any form; the short form names the model's spatial axes."""
+    if isinstance(given, Mesh):
+        given = dict(given.axes)
+    if given is not None and not isinstance(given, str | Mapping):
+        raise PartitionError(f"mesh {given!r} is not understood; give 'depth=2,height=2', '2x2x1', a dict or a Mesh")
+    if isinstance(given, Mapping):
+        given = {name: _plain(count) for name, count in given.items()}
+    return Mesh.parse(given, spatial_rank(model))
+
+
+def _plain(count: Any) -> Any:
+    """A number of any integer type as Python's own; anything else stays, for `Mesh.parse` to refuse."""
+    return int(count) if hasattr(count, "__index__") and not isinstance(count, bool) else count
 
 
 def check_plan(model: ir.Model, where: str) -> None:
@@ -96,18 +123,35 @@ def check_plan(model: ir.Model, where: str) -> None:
     """
     if not dialect.is_plan(model):
         raise PartitionError(f"{where}: is no plan; make one with `partition compile` or pt.partition")
-    version = model.graph.opset_imports.get(dialect.DOMAIN, dialect.VERSION)
-    if version != dialect.VERSION:
+    version = model.graph.opset_imports.get(dialect.DOMAIN)
+    if version is not None and version != dialect.VERSION:
         raise PartitionError(f"{where}: is a plan of format {version}, this program reads format {dialect.VERSION}; "
                              "compile the model again")
+    problem = "its format is not named" if version is None else _damage(model)
+    if problem is not None:
+        raise PartitionError(f"{where}: the plan is damaged ({problem}); compile the model again")
+
+
+def _damage(model: ir.Model) -> str | None:
+    """What is wrong with a plan that has been read from a file."""
     from passes.checks import ALL
 
     try:
         dialect.get_mesh(model)
-        found = [problem for check in ALL for problem in check.problems(model)]
-    except (PartitionError, ValueError, KeyError, AssertionError, IndexError, TypeError) as error:
-        found = [f"{type(error).__name__}: {error}"]
-    refuse_all([f"{where}: the plan is damaged ({problem}); compile the model again" for problem in found[:1]])
+        found = next((problem for check in ALL for problem in check.problems(model)), None)
+        if found is None and not seal.is_intact(model):
+            return "it is not as it was written"
+        return found
+    except Exception as error:  # a damaged file can break any assumption
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _source_problems(model: ir.Model) -> list[str]:
+    """Why a model cannot be partitioned, whatever its operators."""
+    if dialect.is_plan(model):
+        return ["the model is a plan already; load it with pt.load, or give the model that it was made from"]
+    return [f"input '{v.name}' is {v.dtype.name}, which the runtime cannot hold; export it with another type"
+            for v in model.graph.inputs if v.dtype is not None and not is_known(v.dtype)]
 
 
 class Plan:
@@ -126,9 +170,13 @@ class Plan:
     def compile(cls, source: ir.Model, mesh: MeshLike, shapes: Mapping[str, Sequence[int]],
                 cuts: Mapping[str, Cuts], dump_dir: Path | None = None) -> Plan:
         """Run the standard passes on a copy of a model; see `partition`."""
-        found = Mesh.parse(mesh, spatial_rank(source))
+        refuse_all(_source_problems(source))
+        found = _parse_mesh(mesh, source)
         with with_nearest_shapes(source, shapes):
             return cls(compile_plan(source, found, shapes, cuts, dump_dir), source, cuts)
+
+    def __repr__(self) -> str:
+        return f"<Plan for {_shapes_text(self.input_shapes)} on {self.mesh}>"
 
     @property
     def mesh(self) -> Mesh:
@@ -184,11 +232,12 @@ class Plan:
             inputs: numpy arrays or torch tensors per input name.
 
         Returns:
-            outputs per name, numpy or torch as the inputs were.
+            outputs per name, numpy or torch as the first input is.
 
         Raises:
             PartitionError: for a missing or unknown input, a wrong shape or type.
         """
+        check_inputs(self.model, inputs)
         device = next((str(v.device) for v in inputs.values() if _is_tensor(v)), "cpu")
         with self.session(backend="lockstep", device=device) as session:
             return session.run(inputs)
@@ -208,7 +257,7 @@ class Plan:
         return Session(self, backend, device, threads)
 
     def with_shapes(self, shapes: Mapping[str, Sequence[int]]) -> Plan:
-        """The same partition of the same model for other extents.
+        """The same partition of the same model for other extents; axes of the same extent keep their cuts.
 
         Raises:
             PartitionError: when the plan came from a file, or the network cannot take these extents.
@@ -217,7 +266,11 @@ class Plan:
             raise PartitionError(
                 f"this plan is for inputs {_shapes_text(self.input_shapes)}, not {_shapes_text(shapes)}; "
                 "partition the model again for other extents")
-        return Plan.compile(self._source, self.mesh, shapes, {})
+        before = {name: axis_extents(shape) for name, shape in self.input_shapes.items()}
+        after = {name: axis_extents(shapes.get(name, shape)) for name, shape in self.input_shapes.items()}
+        kept = {axis: cuts for axis, cuts in self._cuts.items()
+                if all(before[name].get(axis) == after[name].get(axis) for name in before)}
+        return Plan.compile(self._source, self.mesh, shapes, kept)
 
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""
@@ -234,13 +287,15 @@ class Session:
     def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None) -> None:
         if backend not in ("lockstep", "gloo", "nccl"):
             raise PartitionError(f"backend '{backend}' is unknown; use lockstep, gloo or nccl")
+        if threads is not None and threads < 1:
+            raise PartitionError(f"threads={threads}: give at least 1, or None to share out the cores")
         self.plan = plan
+        self._first = plan
         self._options = (backend, device, threads)
         self._plans: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Plan] = OrderedDict()
         self._plans[_key(plan.input_shapes)] = plan
         self._runner: Runner | None = self._start(plan)
         self.last_run: RunReport | None = None
-        self.started = time.time()
 
     def run(self, inputs: Arrays, progress: Progress | None = None) -> dict[str, Any]:
         """Run once; inputs of another shape are planned for first.
@@ -250,7 +305,7 @@ class Session:
             progress: called with (steps done, steps in all, step's name).
 
         Returns:
-            whole outputs per name, numpy or torch (on the input's device) as the inputs were.
+            whole outputs per name, numpy or torch (on its device) as the first input is.
 
         Raises:
             PartitionError: for a missing or unknown input, a wrong shape or type.
@@ -293,7 +348,7 @@ class Session:
         shapes = {name: tuple(int(n) for n in array.shape) for name, array in inputs.items()}
         key = _key(shapes)
         if key not in self._plans:
-            self._plans[key] = self.plan.with_shapes(shapes)
+            self._plans[key] = self._first.with_shapes(shapes)
         self._plans.move_to_end(key)
         while len(self._plans) > KEPT_PLANS:
             self._plans.popitem(last=False)
@@ -325,15 +380,14 @@ def check_inputs(model: ir.Model, inputs: Arrays) -> None:
     Raises:
         PartitionError: with every problem.
     """
-    problems: list[str] = []
     wanted = {str(v.name): v for v in model.graph.inputs}
-    problems += [f"input '{n}' is unknown; the model has {', '.join(wanted)}" for n in inputs if n not in wanted]
+    if not isinstance(inputs, Mapping):
+        raise PartitionError(f"the inputs are a {type(inputs).__name__}; give a dict from name to array: "
+                             f"{', '.join(wanted)}")
+    problems = [f"input '{n}' is unknown; the model has {', '.join(wanted)}" for n in inputs if n not in wanted]
     for name, value in wanted.items():
-        if name not in inputs:
-            problems.append(f"input '{name}' is missing; give it")
-            continue
-        problem = _array_problem(value, inputs[name])
-        if problem:
+        problem = _array_problem(value, inputs[name]) if name in inputs else "is missing; give it"
+        if problem is not None:
             problems.append(f"input '{name}' {problem}")
     refuse_all(problems)
 
@@ -345,8 +399,10 @@ def _array_problem(value: ir.Value, array: Any) -> str | None:
     if len(array.shape) != len(expected):
         return (f"has {len(array.shape)} axes ({'x'.join(map(str, array.shape))}); "
                 f"the model takes {len(expected)}, as {'x'.join(map(str, expected))}")
+    if _is_tensor(array) and (array.is_meta or str(array.layout) != "torch.strided"):
+        return f"is a tensor of {'no data' if array.is_meta else array.layout}; give a dense one"
     assert value.dtype is not None
-    given = str(array.dtype).removeprefix("torch.")
+    given = str(array.dtype if _is_tensor(array) else array.dtype.newbyteorder("=")).removeprefix("torch.")
     known = str(value.dtype.numpy()) if value.dtype != ir.DataType.BFLOAT16 else "bfloat16"
     if given != known:
         return f"is {given}; the model takes {known}: convert it"

@@ -74,9 +74,11 @@ def plain_model(plan: ir.Model) -> ir.Model:
     library.InlinePass()(model)
     model.functions.clear()
     model.graph.opset_imports.pop(dialect.DOMAIN, None)
+    model.device_configurations = ()
     for key in [k for k in model.metadata_props if k.startswith("partitioner.")]:
         del model.metadata_props[key]
     for node in model.graph:
+        node.device_configurations = ()
         _strip(node)
         for value in node.outputs:
             _strip(value)

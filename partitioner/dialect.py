@@ -236,12 +236,14 @@ def _reduce(op_type: str, x: ir.Value, opset: int) -> list[ir.Node]:
 
 def _moments(name: str, opset: int) -> ir.Function:
     x = ir.Value(name="x")
-    count = _constant("value", ir.AttributeType.TENSOR, "count")
+    # opsets before 9 know constants of floating point only
+    number = _constant("value", ir.AttributeType.TENSOR, "count")
+    count = ir.Node("", "Cast", [number.outputs[0]], [ir.AttrInt64("to", int(ir.DataType.INT64))])
     mean = _reduce("ReduceMean", x, opset)
     deviation = ir.Node("", "Sub", [x, mean[-1].outputs[0]])
     square = ir.Node("", "Mul", [deviation.outputs[0], deviation.outputs[0]])
     total = _reduce("ReduceSum", square.outputs[0], opset)
-    nodes = [count, *mean, deviation, square, *total]
+    nodes = [number, count, *mean, deviation, square, *total]
     outputs = [count.outputs[0], mean[-1].outputs[0], total[-1].outputs[0]]
     return _function(name, opset, [x], outputs, nodes, ["axes", "count"])
 
@@ -254,14 +256,20 @@ def _normalize(name: str, opset: int) -> ir.Function:
         nodes.append(ir.Node("", op_type, list(inputs), attributes))
         return nodes[-1].outputs[0]
 
+    def column(vector: ir.Value) -> ir.Value:
+        """One number per channel, with an axis of extent 1 for every spatial one."""
+        if opset < 13:
+            return op("Unsqueeze", vector, attributes=[ir.RefAttr("axes", "spatial", ir.AttributeType.INTS)])
+        axes = op("Constant", attributes=[ir.RefAttr("value_ints", "spatial", ir.AttributeType.INTS)])
+        return op("Unsqueeze", vector, axes)
+
     cells = op("Cast", count, attributes=[ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
     epsilon = op("Constant", attributes=[ir.RefAttr("value", "epsilon", ir.AttributeType.TENSOR)])
-    channels = op("Constant", attributes=[ir.RefAttr("value", "channels", ir.AttributeType.TENSOR)])
     deviation = op("Sqrt", op("Add", op("Div", m2, cells), epsilon))
-    scaled = op("Mul", op("Div", op("Sub", x, mean), deviation), op("Reshape", scale, channels))
-    result = op("Add", scaled, op("Reshape", bias, channels))
+    scaled = op("Mul", op("Div", op("Sub", x, mean), deviation), column(scale))
+    result = op("Add", scaled, column(bias))
     inputs = [x, count, mean, m2, scale, bias]
-    return _function(name, opset, inputs, [result], nodes, ["dtype", "epsilon", "channels"])
+    return _function(name, opset, inputs, [result], nodes, ["dtype", "epsilon", "spatial"])
 
 
 _FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {

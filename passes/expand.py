@@ -78,18 +78,23 @@ class _Expansion:
         self.shards: dict[tuple[str, int], str] = {}
         """(value of the plan, rank) -> name of the rank's tensor; nothing where the rank holds no cell."""
         self.parts: dict[tuple[str, int, Box], str] = {}
+        self.boxes: dict[ir.Value, list[Box]] = {}
 
     def model(self) -> ir.Model:
-        inputs = [self._input(value) for value in self.plan.graph.inputs]
-        for value in (*self.plan.graph.initializers.values(), *self.plan.graph.outputs):
-            if value.const_value is not None and value.uses():
-                self.scope.weight(value)
-            elif value.producer() is not None:  # keeps the name free for the whole output
+        graph = self.plan.graph
+        inputs = [ir.Value(name=value.name, shape=value.shape, type=value.type) for value in graph.inputs]
+        for whole in inputs:
+            self.scope.add(whole)
+        for value in graph.initializers.values():
+            self.scope.weight(value)
+        for value in graph.outputs:
+            if value.producer() is not None:  # keeps the name free for the whole output
                 self.scope.add(ir.Value(name=value.name))
-        for node in self.plan.graph:
+        for value in graph.inputs:
+            self._cut(value)
+        for node in graph:
             self._visit(node)
-        outputs = [self._output(value) for value in self.plan.graph.outputs]
-        return self._finish(inputs, outputs)
+        return self._finish(inputs, [self._output(value) for value in graph.outputs])
 
     def _finish(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
         known = {o.op_type for o in self.plan.graph if o.domain == dialect.DOMAIN} - _GLOBAL
@@ -107,20 +112,22 @@ class _Expansion:
 
     def _box(self, value: ir.Value, rank: int) -> Box:
         """The cells that a rank holds of a value."""
-        return dialect.get_layout(value).box(self.places[rank])
+        if value not in self.boxes:
+            layout = dialect.get_layout(value)
+            self.boxes[value] = [layout.box(place) for place in self.places]
+        return self.boxes[value][rank]
 
-    def _input(self, value: ir.Value) -> ir.Value:
-        """A whole input, and every rank's part of it."""
-        whole = ir.Value(name=value.name, shape=value.shape, type=value.type)
-        source = Source(self.scope.add(whole), *[Box.whole(dialect.shape_of(value))] * 2)
+    def _cut(self, value: ir.Value) -> None:
+        """Every rank's part of an input."""
+        whole = Box.whole(dialect.shape_of(value))
+        source = Source(str(value.name), whole, whole)
         for rank in self.mesh:
             box, emitter = self._box(value, rank), Emitter(self.scope, f"{value.name}@{rank}/")
-            if box == source.held:
+            if box == whole:
                 self.shards[str(value.name), rank] = source.name
             elif box:
                 self._bind(value, rank, assemble(emitter, box, [source]))
             self._place(emitter, rank)
-        return whole
 
     def _output(self, value: ir.Value) -> ir.Value:
         """A whole output, from the ranks that own it; of replicas the first rank's."""

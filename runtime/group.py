@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,10 @@ from runtime.volumes import Source
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for a peer that computes; a peer that died is noticed at once."""
+
+
+GONE = "the exchange with"
+"""How the message begins when a peer is gone: a consequence, never the first cause."""
 
 
 @dataclass(frozen=True)
@@ -73,30 +78,78 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def peers(ranks: Sequence[int] | None = None) -> Generator[None]:
+    """A block that talks to other ranks (None: to all of them).
+
+    Raises:
+        ExecutionError: when one of them is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        reason = re.sub(r"^\[\S*\]\s*|\. This is typically.*$", "", reason)
+        whom = "all ranks" if ranks is None else f"ranks {list(ranks)}"
+        raise ExecutionError(f"rank {dist.get_rank()}: {GONE} {whom} failed ({reason[:160]}); "
+                             "see the other ranks' messages for the first failure") from None
+
+
 def agree(problem: str | None) -> None:
     """Let every rank know whether any has a problem, so that none waits for one that gave up.
 
     Raises:
         PartitionError: on every rank, with the first problem, when any rank has one.
+        ExecutionError: when a rank is gone.
     """
     found = gather(problem)
+    if problem is not None and all(text == problem for text in found):
+        raise PartitionError(problem)
     first = next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
     if first is not None:
         raise PartitionError(first)
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Rank 0's value on every rank.
+
+    Raises:
+        ExecutionError: when a rank is gone.
+    """
     found = [value]
-    dist.broadcast_object_list(found, 0)
+    with peers():
+        dist.broadcast_object_list(found, 0)
     return found[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order."""
+    """Every rank's value, in rank order.
+
+    Raises:
+        ExecutionError: when a rank is gone.
+    """
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    with peers():
+        dist.all_gather_object(found, value)
     return found
+
+
+def check_backend(backend: str, device: str, ranks: int) -> None:
+    """Make sure that a backend can serve a number of ranks on this host.
+
+    Raises:
+        PartitionError: when NCCL is asked for without a GPU for every rank.
+    """
+    if backend != "nccl":
+        return
+    count = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    if count == 0:
+        raise PartitionError("backend nccl: torch finds no GPU here; use --backend gloo")
+    if not all(name.strip().startswith("cuda") for name in device.split(",")):
+        raise PartitionError(f"backend nccl moves the memory of GPUs, not of device '{device}'; add --device cuda")
+    if ranks > count:
+        raise PartitionError(f"backend nccl needs a GPU for every rank: {ranks} ranks, {count} GPUs here; "
+                             "use --backend gloo, which lets ranks share one")
 
 
 def rank_device(device: str, place: Place) -> torch.device:
@@ -119,7 +172,9 @@ def check_device(name: str, index: int = 0) -> torch.device:
         found = torch.device(name.strip())
     except RuntimeError:
         raise PartitionError(f"device '{name}' is unknown; use cpu, cuda or cuda:0,cuda:1") from None
-    if found.type != "cuda":
+    if found.type not in ("cpu", "cuda"):
+        raise PartitionError(f"device '{name}' cannot be used; use cpu, cuda or cuda:0,cuda:1")
+    if found.type == "cpu":
         return found
     count = torch.cuda.device_count()
     if count == 0:
@@ -171,17 +226,20 @@ class SharedFeed:
         axes = portion.tensor.dim()
         while True:
             head = torch.zeros(2 * axes, dtype=torch.int64)
-            dist.recv(head, 0)
+            with peers([0]):
+                dist.recv(head, 0)
             start, shape = head[:axes].tolist(), head[axes:].tolist()
             if not any(shape):
                 return
             part = torch.empty(shape, dtype=portion.tensor.dtype)
-            dist.recv(part.view(-1).view(torch.uint8), 0)
+            with peers([0]):
+                dist.recv(part.view(-1).view(torch.uint8), 0)
             fill_from_slab(portion, start, part.numpy())
 
 
 def _send(rank: int, start: Any, part: np.ndarray[Any, Any] | None) -> None:
     shape = [0] * len(start) if part is None else list(part.shape)
-    dist.send(torch.tensor([*map(int, start), *shape], dtype=torch.int64), rank)
-    if part is not None:
-        dist.send(torch.from_numpy(part).view(-1).view(torch.uint8), rank)
+    with peers([rank]):
+        dist.send(torch.tensor([*map(int, start), *shape], dtype=torch.int64), rank)
+        if part is not None:
+            dist.send(torch.from_numpy(part).view(-1).view(torch.uint8), rank)

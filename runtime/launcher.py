@@ -20,10 +20,13 @@ import onnx_ir as ir
 from partitioner.errors import ExecutionError, PartitionError
 from partitioner.loader import save_model
 from runtime.executor import Progress
+from runtime.group import GONE
 from runtime.rank import RankReport, RunFiles
 
 GRACE = 3.0
 """Seconds that the other ranks get to report their own error after the first failure."""
+
+_ENDED = "the ranks of this session have ended; open another with plan.session()"
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,16 +65,28 @@ class RankPool:
         """Give every rank a plan."""
         self._plans += 1
         path = Path(self._folder.name) / f"plan{self._plans}.onnx"
-        save_model(model.clone(), path)
-        self._tell(("plan", str(path)))
-        self._expect("ready")
+        try:
+            save_model(model.clone(), path)
+        except PartitionError as error:
+            raise ExecutionError(f"no room for temporary files ({error}); set TMPDIR to a folder with room") from None
+        self._request(("plan", str(path)), "ready")
         for file in Path(self._folder.name).glob(f"{path.name}*"):
             file.unlink()
 
     def run(self, files: RunFiles, progress: Progress | None = None) -> list[RankReport]:
         """Run the loaded plan over files; returns every rank's report."""
-        self._tell(("run", files))
-        return [message[1] for message in self._expect("done", progress)]
+        return [message[1] for message in self._request(("run", files), "done", progress)]
+
+    def _request(self, message: tuple[Any, ...], kind: str, progress: Progress | None = None) -> list[tuple[Any, ...]]:
+        """Ask all ranks and wait for their answers; whatever goes wrong ends them, for they may be out of step."""
+        if not self._pipes:
+            raise ExecutionError(_ENDED)
+        try:
+            self._tell(message)
+            return self._expect(kind, progress)
+        except BaseException:
+            self.kill()
+            raise
 
     def close(self) -> None:
         """End all ranks; harmless when repeated."""
@@ -101,15 +116,17 @@ class RankPool:
         ours, theirs = Pipe()
         options = {
             "rank": rank, "size": self.size, "backend": backend, "device": device, "threads": threads,
-            "pipe": theirs.fileno(), "parent": os.getpid(),
-            "rendezvous": (Path(self._folder.name) / "rendezvous").as_uri(),
+            "pipe": theirs.fileno(), "parent": os.getpid(), "folder": self._folder.name,
         }
         env = dict(os.environ, OMP_NUM_THREADS=str(threads))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
         if Path("/sys/class/net/lo").exists():
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
-        command = [sys.executable, "-m", "runtime.worker", json.dumps(options)]
-        process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # -P: a folder named like one of our packages where the user stands must not shadow it.
+        command = [sys.executable, "-P", "-m", "runtime.worker", json.dumps(options)]
+        # A group of its own: Ctrl-C reaches the launcher, which ends the ranks.
+        process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                   process_group=0)
         theirs.close()
         self._pipes.append(ours)
         self._processes.append(process)
@@ -183,7 +200,7 @@ def _first_cause(found: dict[int, tuple[Any, ...] | None], codes: dict[int, int 
 
 def _unprovoked(texts: Sequence[str]) -> str:
     """The failure that is not about a peer, if there is one."""
-    return next((t for t in texts if "the exchange with ranks" not in t), texts[0])
+    return next((t for t in texts if GONE not in t), texts[0])
 
 
 def _describe(code: int | None) -> str:

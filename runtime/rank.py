@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import onnx_ir as ir
 import torch
@@ -23,6 +24,7 @@ from runtime.program import localise
 from runtime.transports.distributed import Distributed
 from runtime.volumes import PartFile, Source, Writer, open_part, open_source
 
+Result = TypeVar("Result")
 Sources = dict[str, Source | None]
 Writers = dict[str, tuple[Writer, str | None]]
 
@@ -43,11 +45,20 @@ class RunFiles:
         inputs: per input of the model.
         streamed: inputs whose file can only be read from its start to its end.
         outputs: per output, the prepared part file (as JSON) and the array's name in it.
+        folder: a folder for this run only, if there is one.
     """
 
     inputs: Mapping[str, FileRef]
     streamed: frozenset[str]
     outputs: Mapping[str, tuple[str, str | None]]
+    folder: str | None = None
+
+    @property
+    def scratch(self) -> list[str]:
+        """What a failed run leaves behind when nobody removes it."""
+        parts = {PartFile.from_json(part).temporary for part, _ in self.outputs.values()}
+        files = [name for part in sorted(parts) for name in (part, f"{part}.packed")]
+        return files if self.folder is None else [*files, self.folder]
 
 
 @dataclass(frozen=True)
@@ -125,8 +136,8 @@ class RankRunner:
         return open_source(ref.path, ref.member, dtype.numpy())
 
 
-def guarded(work: Callable[[], RankReport], rank: int) -> RankReport:
-    """Run, turning the errors of torch and of the system into one line.
+def guarded(work: Callable[[], Result], who: str = "") -> Result:
+    """Run, turning the errors of torch and of the system into one line that begins with `who`.
 
     Raises:
         ExecutionError: instead of out-of-memory and system errors.
@@ -135,8 +146,12 @@ def guarded(work: Callable[[], RankReport], rank: int) -> RankReport:
         return work()
     except torch.OutOfMemoryError as error:
         line = str(error).splitlines()[0]
-        raise ExecutionError(f"rank {rank}: out of device memory ({line[:160]}); use more shards") from None
+        raise ExecutionError(f"{who}out of device memory ({line[:160]}); use more shards") from None
     except MemoryError:
-        raise ExecutionError(f"rank {rank}: out of memory; use more shards or another host") from None
+        raise ExecutionError(f"{who}out of memory; use more shards or another host") from None
     except OSError as error:
-        raise ExecutionError(f"rank {rank}: {error.strerror or error}") from None
+        raise ExecutionError(f"{who}{error.strerror or error}") from None
+    except RuntimeError as error:  # torch has no type of its own for this one
+        if "allocate memory" not in str(error):
+            raise
+        raise ExecutionError(f"{who}out of memory; use more shards or another host") from None

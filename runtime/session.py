@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +15,17 @@ import onnx_ir as ir
 import torch
 
 from partitioner import dialect
+from partitioner.errors import ExecutionError, PartitionError
 from partitioner.lifetime import find_lifetimes
 from partitioner.ops.dtypes import torch_dtype
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed
-from runtime.group import check_device
+from runtime.group import check_backend, check_device
 from runtime.launcher import RankPool
 from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
 from runtime.program import localise
-from runtime.rank import FileRef, RankReport, RunFiles
+from runtime.rank import FileRef, RankReport, RunFiles, guarded
 from runtime.transports.lockstep import Lockstep
 from runtime.volumes import ArraySpec, PartFile, create_sink, open_part, open_source
 
@@ -74,18 +75,20 @@ class LockstepRunner:
 
     Args:
         poison: fill new buffers with NaN, so that a cell that nobody wrote is seen.
+        threads: CPU threads while it runs; torch's own number when not given.
     """
 
-    def __init__(self, model: ir.Model, device: str = "cpu", poison: bool = False) -> None:
+    def __init__(self, model: ir.Model, device: str = "cpu", poison: bool = False, threads: int | None = None) -> None:
         mesh, lifetimes = dialect.get_mesh(model), find_lifetimes(model)
         devices = [check_device(name) for name in device.split(",")]
         storage = storage_on(devices[0], dialect.get_storage(model))
         programs = [localise(model, rank, lifetimes, storage) for rank in mesh]
         self._model = model
-        self._options = (device, poison)
+        self._options = (device, poison, threads)
         self._devices = [devices[rank % len(devices)] for rank in mesh]
         self.transport = Lockstep(mesh.size)
-        self._executor = Executor(make_shards(programs, self._devices, poison), self.transport)
+        shards = guarded(lambda: make_shards(programs, self._devices, poison))
+        self._executor = Executor(shards, self.transport)
         self.report: RunReport | None = None
 
     def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
@@ -112,8 +115,12 @@ class LockstepRunner:
         traffic = self.transport.traffic
         before = dict(traffic.sent), dict(traffic.messages)
         start = time.perf_counter()
-        with PeakMemory(self._devices[0]) as memory:
-            self._executor.run(feed, drain, progress)
+        with PeakMemory(self._devices[0]) as memory, cpu_threads(self._options[2]):
+            try:
+                guarded(lambda: self._executor.run(feed, drain, progress))
+            finally:
+                for shard in self._executor.shards:
+                    shard.buffers.clear()
             for device in {d for d in self._devices if d.type == "cuda"}:
                 torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
@@ -138,10 +145,12 @@ class PoolRunner:
 
     def __init__(self, model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None) -> None:
         self._model = model
+        size = dialect.get_mesh(model).size
         if device != "cpu":
             for name in device.split(","):
                 check_device(name)
-        self.pool = RankPool(dialect.get_mesh(model).size, backend, device, threads)
+        check_backend(backend, device, size)
+        self.pool = RankPool(size, backend, device, threads)
         self.report: RunReport | None = None
         try:
             self.pool.load(model)
@@ -151,16 +160,10 @@ class PoolRunner:
 
     def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
         """See `Runner`; the arrays travel through files in shared memory where there is room."""
-        with tempfile.TemporaryDirectory(prefix="partitioner-", dir=_roomy_folder(arrays, self._model)) as folder:
-            inputs = {name: FileRef(str(_put(Path(folder) / f"in{i}.npy", array)))
-                      for i, (name, array) in enumerate(arrays.items())}
-            sinks = {str(v.name): create_sink(Path(folder) / f"out{i}.npy", [_spec(v)])
-                     for i, v in enumerate(self._model.graph.outputs)}
-            for sink in sinks.values():
-                sink.prepare()
-            outputs = {name: (sink.part.to_json(), None) for name, sink in sinks.items()}
-            self.run_files(RunFiles(inputs, frozenset(), outputs), progress)
-            return {str(v.name): _take(sinks[str(v.name)].part, v) for v in self._model.graph.outputs}
+        with tempfile.TemporaryDirectory(prefix="partitioner-", dir=_roomy_folder(self._model)) as folder:
+            files, parts = _lay_out(Path(folder), arrays, self._model)
+            self.run_files(files, progress)
+            return {str(v.name): _take(parts[str(v.name)], v) for v in self._model.graph.outputs}
 
     def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
         """See `Runner`."""
@@ -177,6 +180,37 @@ class PoolRunner:
     def close(self) -> None:
         """See `Runner`."""
         self.pool.close()
+
+
+def _lay_out(folder: Path, arrays: Mapping[str, Any], model: ir.Model) -> tuple[RunFiles, dict[str, PartFile]]:
+    """Inputs as files in a folder, and room in it for the outputs.
+
+    Raises:
+        ExecutionError: when there is not enough room.
+    """
+    try:
+        inputs = {name: FileRef(str(_put(folder / f"in{i}.npy", array))) for i, (name, array) in enumerate(arrays.items())}
+        sinks = {str(v.name): create_sink(folder / f"out{i}.npy", [_spec(v)]) for i, v in enumerate(model.graph.outputs)}
+        for sink in sinks.values():
+            sink.prepare()
+    except (OSError, PartitionError) as error:
+        raise ExecutionError(f"no room for the arrays between the processes ({error}); "
+                             "set TMPDIR to a folder with room") from None
+    outputs = {name: (sink.part.to_json(), None) for name, sink in sinks.items()}
+    return RunFiles(inputs, frozenset(), outputs, str(folder)), {name: sink.part for name, sink in sinks.items()}
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Generator[None]:
+    """Let torch use a number of CPU threads in a block (None: as many as it does)."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def _spec(value: ir.Value) -> ArraySpec:
@@ -199,7 +233,7 @@ def _take(part: PartFile, value: ir.Value) -> torch.Tensor:
     return torch.from_numpy(array).to(torch_dtype(value.dtype))
 
 
-def _roomy_folder(arrays: Mapping[str, Any], model: ir.Model) -> str | None:
+def _roomy_folder(model: ir.Model) -> str | None:
     """Shared memory when everything fits twice; the system's folder for temporary files otherwise."""
     import math
     import shutil
@@ -216,7 +250,7 @@ def make_runner(model: ir.Model, backend: str, device: str = "cpu", threads: int
                 poison: bool = False) -> Runner:
     """A runner by the backend's name: lockstep, gloo or nccl."""
     if backend == "lockstep":
-        return LockstepRunner(model, device, poison)
+        return LockstepRunner(model, device, poison, threads)
     return PoolRunner(model, backend, device, threads)
 
 

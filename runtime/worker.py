@@ -6,12 +6,15 @@ Messages out: ("ready",), ("progress", done, count, name), ("done", RankReport),
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,17 +28,16 @@ def main() -> int:
     """Serve the launcher until it closes the pipe; the arguments are one JSON object."""
     options = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
-    _die_with(options["parent"])
+    remains = _Remains([options["folder"]])
+    _die_with(options["parent"], remains)
     keep_memory_tight()
-    pipe: Connection[Any, Any] = Connection(options["pipe"])
+    pipe = _Pipe(Connection(options["pipe"]))
     try:
-        return _serve(pipe, options)
+        return _serve(pipe, options, remains)
     except PartitionError as error:
         pipe.send(("error", "user", str(error)))
     except ExecutionError as error:
         pipe.send(("error", "run", str(error)))
-    except (EOFError, BrokenPipeError):
-        pass
     except Exception as error:
         line = (str(error).strip().splitlines() or ["no reason given"])[0]
         pipe.send(("error", "bug", f"rank {options['rank']}: {type(error).__name__}: {line[:200]}"))
@@ -44,7 +46,42 @@ def main() -> int:
     return 1
 
 
-def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
+class _Pipe:
+    """The way to the launcher; without a launcher there is nothing left to do."""
+
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Tell the launcher."""
+        try:
+            self._connection.send(message)
+        except OSError:
+            os._exit(1)
+
+    def receive(self) -> tuple[Any, ...]:
+        """The launcher's next wish."""
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+@dataclass
+class _Remains:
+    """What the launcher would clean up; the ranks do when it is killed."""
+
+    paths: list[str]
+
+    def remove(self) -> None:
+        """Remove files and folders; harmless when another rank is faster."""
+        for path in self.paths:
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _serve(pipe: _Pipe, options: dict[str, Any], remains: _Remains) -> int:
     import torch
 
     from partitioner.loader import load_file
@@ -54,12 +91,12 @@ def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
     place = Place(options["rank"], options["size"], options["rank"])
     device = rank_device(options["device"], place)
     torch.set_num_threads(options["threads"])
-    join(place, options["backend"], options["rendezvous"])
+    join(place, options["backend"], (Path(options["folder"]) / "rendezvous").as_uri())
     runner: RankRunner | None = None
     report = _Reporter(pipe) if place.rank == 0 else None
     pipe.send(("ready",))
     while True:
-        request = pipe.recv()
+        request = pipe.receive()
         if request[0] == "close":
             leave()
             return 0
@@ -68,13 +105,15 @@ def _serve(pipe: Connection[Any, Any], options: dict[str, Any]) -> int:
             pipe.send(("ready",))
             continue
         assert runner is not None
-        pipe.send(("done", guarded(partial(runner.run, request[1], report), place.rank)))
+        remains.paths = [options["folder"], *request[1].scratch]
+        pipe.send(("done", guarded(partial(runner.run, request[1], report), f"rank {place.rank}: ")))
+        remains.paths = [options["folder"]]
 
 
 class _Reporter:
     """Tells the launcher how far the run is, ten times a second at most."""
 
-    def __init__(self, pipe: Connection[Any, Any]) -> None:
+    def __init__(self, pipe: _Pipe) -> None:
         self._pipe = pipe
         self._next = 0.0
 
@@ -85,12 +124,13 @@ class _Reporter:
             self._pipe.send(("progress", done, count, name))
 
 
-def _die_with(parent: int) -> None:
+def _die_with(parent: int, remains: _Remains) -> None:
     """End this process when the launcher is gone, even in the middle of an exchange."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
+        remains.remove()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -174,11 +174,15 @@ def test_a_replicated_output_comes_from_the_first_rank() -> None:
 
 
 def test_names_that_look_like_ours_stay_apart() -> None:
-    nodes = [helper.make_node("Relu", ["x"], ["x@0"], "relu"), helper.make_node("Neg", ["x@0"], ["y"], "relu@0")]
-    x = random(1, 2, 7)
-    model = one_graph(nodes, {"x": x}, {}, {"y": (TensorProto.FLOAT, x.shape)}, 18)
+    nodes = [
+        helper.make_node("Relu", ["x"], ["x@0"], "relu"),
+        helper.make_node("Add", ["x@0", "x@1"], ["y@1"], "relu@0"),
+        helper.make_node("Neg", ["y@1"], ["y"], "y@0"),
+    ]
+    x, weight = random(1, 2, 7), random(7)
+    model = one_graph(nodes, {"x": x}, {"x@1": weight}, {"y": (TensorProto.FLOAT, x.shape)}, 18)
     proto = expanded(compile_plan(model, "width=2"))
-    assert np.array_equal(run_ort(proto, {"x": x})["y"], -np.maximum(x, 0))
+    assert np.array_equal(run_ort(proto, {"x": x})["y"], -(np.maximum(x, 0) + weight))
 
 
 def test_the_plan_stays_as_it_is() -> None:

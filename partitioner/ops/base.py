@@ -275,7 +275,12 @@ class Operator(ABC):
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
-        """The same local computation as ONNX nodes; by default the node itself, for pointwise operators."""
+        """The same local computation as ONNX nodes; by default the node itself, for pointwise operators.
+
+        Args:
+            names: per input; None when it is not given, was consumed by `read`, or has no cell here.
+            boxes: the global cells that each input holds, as in `Call`; all `outs` have cells.
+        """
         return emitter.same(names, len(outs))
 
     @property

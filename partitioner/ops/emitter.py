@@ -122,12 +122,8 @@ class Emitter:
         """A 1D int64 constant; returns its name."""
         return self.constant(np.asarray(list(values), np.int64))
 
-    def slice(self, name: str, axis: int, start: int, stop: int) -> str:
-        """Cells [start, stop) of a local tensor along an axis."""
-        return self.crop(name, {axis: (start, stop)})
-
     def crop(self, name: str, spans: Spans) -> str:
-        """Cells [start, stop) along several axes; the tensor itself when none is given."""
+        """Cells [start, stop) of a local tensor along some axes; the tensor itself when none is given."""
         if not spans:
             return name
         axes, starts, stops = list(spans), [a for a, _ in spans.values()], [b for _, b in spans.values()]

@@ -126,14 +126,14 @@ class InstanceNormalization(Operator):
     def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
         x, scale, bias = inputs
         axes = list(self.reduction.axes)
-        count = np.asarray(self._count(), np.int64)
+        count = np.asarray(self._count(), np.float64)
         partial = write.op("Moments", [x], {"axes": axes, "count": count}, outputs=3, domain=DOMAIN)
         merged = write.all_reduce("moments", partial)
         dtype = self.outputs[0].dtype
         attributes = {
             "epsilon": np.asarray(self.epsilon, dtype.numpy()),
             "dtype": int(dtype),
-            "channels": np.array([1, -1, *[1] * len(axes)], np.int64),
+            "spatial": list(range(1, len(axes) + 1)),
         }
         return write.op("Normalize", [x, *merged, scale, bias], attributes, domain=DOMAIN)[0]
 
@@ -196,7 +196,7 @@ class LocalMoments(Operator):
         count = 1
         for axis in self.axes:
             count *= box.shape[axis]
-        return emitter.same([x], 3, {"count": ir.tensor(np.asarray(count, np.int64))})
+        return emitter.same([x], 3, {"count": ir.tensor(np.asarray(count, np.float64))})
 
 
 @register

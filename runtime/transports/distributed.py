@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from partitioner.errors import ExecutionError
+from runtime.group import peers
 from runtime.transports.base import Job, Parcel, Traffic
 
 
@@ -42,13 +42,8 @@ class Distributed:
         outgoing = [self._outbound(parcel) for parcel in job.sends]
         if self._staged:
             torch.cuda.current_stream().synchronize()
-        try:
+        with peers(sorted({w.parcel.peer for w in (*incoming, *outgoing)})):
             self._transfer(incoming, outgoing)
-        except RuntimeError as error:
-            peers = sorted({w.parcel.peer for w in (*incoming, *outgoing)})
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise ExecutionError(f"rank {job.rank}: the exchange with ranks {peers} failed ({reason[:160]}); "
-                                 "see the other ranks' messages for the first failure") from None
         for wire in outgoing:
             self.traffic.count(job.rank, wire.parcel.nbytes)
         for wire in incoming:
