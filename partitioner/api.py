@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -16,20 +15,18 @@ from partitioner import dialect, seal
 from partitioner.compiler import compile_plan, plain_model
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
+from partitioner.guards import Arrays, MeshLike, check_inputs, is_tensor, parse_mesh, source_problems, whole_numbers
 from partitioner.layout import Cuts
-from partitioner.loader import load_file, load_model, save_model
+from partitioner.loader import fault_of, load_file, load_model, save_model
 from partitioner.mesh import Mesh
-from partitioner.ops.dtypes import is_known
 from partitioner.report import plan_dict, render, to_text
-from partitioner.shapes import axis_extents, spatial_rank, with_nearest_shapes
+from partitioner.shapes import axis_extents, with_nearest_shapes
 
 if TYPE_CHECKING:
     from runtime.session import Runner, RunReport
 
 Backend = Literal["lockstep", "gloo", "nccl"]
 Progress = Callable[[int, int, str], None]
-MeshLike = str | Mapping[str, int] | Mesh | None
-Arrays = Mapping[str, Any]
 
 KEPT_PLANS = 4
 """How many plans a session keeps for shapes that it has seen."""
@@ -58,8 +55,8 @@ def partition(
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
     source, found = _source(model, example)
-    wanted = {**found, **_integers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
-    positions = _integers(cuts, "cuts", "{'depth': (0, 50, 121)}")
+    wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
+    positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
     return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir))
 
 
@@ -86,35 +83,6 @@ def _is_module(model: Any) -> bool:
     return any(c.__module__ == "torch.nn.modules.module" for c in type(model).__mro__)
 
 
-def _integers(given: Mapping[str, Sequence[int]] | None, what: str, example: str) -> dict[str, tuple[int, ...]]:
-    """Names with whole numbers, as the user gave them."""
-    if given is not None and not isinstance(given, Mapping):
-        raise PartitionError(f"{what}: is a {type(given).__name__}; give a dict, as {example}")
-    found: dict[str, tuple[int, ...]] = {}
-    for name, numbers in (given or {}).items():
-        try:
-            found[name] = tuple(operator.index(n) for n in numbers)
-        except TypeError:
-            raise PartitionError(f"{what}: {name}={numbers!r} is no list of whole numbers; give them as {example}") from None
-    return found
-
-
-def _parse_mesh(given: MeshLike, model: ir.Model) -> Mesh:
-    """The mesh that the user gave in any form; the short form names the model's spatial axes."""
-    if isinstance(given, Mesh):
-        given = dict(given.axes)
-    if given is not None and not isinstance(given, str | Mapping):
-        raise PartitionError(f"mesh {given!r} is not understood; give 'depth=2,height=2', '2x2x1', a dict or a Mesh")
-    if isinstance(given, Mapping):
-        given = {name: _plain(count) for name, count in given.items()}
-    return Mesh.parse(given, spatial_rank(model))
-
-
-def _plain(count: Any) -> Any:
-    """A number of any integer type as Python's own; anything else stays, for `Mesh.parse` to refuse."""
-    return int(count) if hasattr(count, "__index__") and not isinstance(count, bool) else count
-
-
 def check_plan(model: ir.Model, where: str) -> None:
     """Verify a plan that comes from a file, from its nodes and layouts alone.
 
@@ -130,6 +98,7 @@ def check_plan(model: ir.Model, where: str) -> None:
     problem = "its format is not named" if version is None else _damage(model)
     if problem is not None:
         raise PartitionError(f"{where}: the plan is damaged ({problem}); compile the model again")
+    dialect.declare(model)
 
 
 def _damage(model: ir.Model) -> str | None:
@@ -144,14 +113,6 @@ def _damage(model: ir.Model) -> str | None:
         return found
     except Exception as error:  # a damaged file can break any assumption
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _source_problems(model: ir.Model) -> list[str]:
-    """Why a model cannot be partitioned, whatever its operators."""
-    if dialect.is_plan(model):
-        return ["the model is a plan already; load it with pt.load, or give the model that it was made from"]
-    return [f"input '{v.name}' is {v.dtype.name}, which the runtime cannot hold; export it with another type"
-            for v in model.graph.inputs if v.dtype is not None and not is_known(v.dtype)]
 
 
 class Plan:
@@ -170,10 +131,18 @@ class Plan:
     def compile(cls, source: ir.Model, mesh: MeshLike, shapes: Mapping[str, Sequence[int]],
                 cuts: Mapping[str, Cuts], dump_dir: Path | None = None) -> Plan:
         """Run the standard passes on a copy of a model; see `partition`."""
-        refuse_all(_source_problems(source))
-        found = _parse_mesh(mesh, source)
-        with with_nearest_shapes(source, shapes):
-            return cls(compile_plan(source, found, shapes, cuts, dump_dir), source, cuts)
+        refuse_all(source_problems(source))
+        found = parse_mesh(mesh, source)
+        try:
+            with with_nearest_shapes(source, shapes):
+                return cls(compile_plan(source, found, shapes, cuts, dump_dir), source, cuts)
+        except PartitionError:
+            raise
+        except Exception:
+            fault = fault_of(source)  # looked for only now, for the checker refuses much that runs
+            if fault is None:
+                raise
+            raise PartitionError(f"the model is damaged ({fault}); export it again") from None
 
     def __repr__(self) -> str:
         return f"<Plan for {_shapes_text(self.input_shapes)} on {self.mesh}>"
@@ -238,7 +207,7 @@ class Plan:
             PartitionError: for a missing or unknown input, a wrong shape or type.
         """
         check_inputs(self.model, inputs)
-        device = next((str(v.device) for v in inputs.values() if _is_tensor(v)), "cpu")
+        device = next((str(v.device) for v in inputs.values() if is_tensor(v)), "cpu")
         with self.session(backend="lockstep", device=device) as session:
             return session.run(inputs)
 
@@ -316,7 +285,7 @@ class Session:
         results = self._runner.run_arrays(inputs, progress)
         self.last_run = self._runner.report
         first = next(iter(inputs.values()))
-        if _is_tensor(first):
+        if is_tensor(first):
             return {name: tensor.to(first.device) for name, tensor in results.items()}
         from runtime.feeds import to_numpy
 
@@ -366,44 +335,5 @@ def _key(shapes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, tuple[int, ...
     return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
 
 
-def _is_tensor(value: Any) -> bool:
-    return type(value).__module__.startswith("torch")
-
-
 def _shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
     return ", ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items())
-
-
-def check_inputs(model: ir.Model, inputs: Arrays) -> None:
-    """Names, ranks and element types of the arrays given.
-
-    Raises:
-        PartitionError: with every problem.
-    """
-    wanted = {str(v.name): v for v in model.graph.inputs}
-    if not isinstance(inputs, Mapping):
-        raise PartitionError(f"the inputs are a {type(inputs).__name__}; give a dict from name to array: "
-                             f"{', '.join(wanted)}")
-    problems = [f"input '{n}' is unknown; the model has {', '.join(wanted)}" for n in inputs if n not in wanted]
-    for name, value in wanted.items():
-        problem = _array_problem(value, inputs[name]) if name in inputs else "is missing; give it"
-        if problem is not None:
-            problems.append(f"input '{name}' {problem}")
-    refuse_all(problems)
-
-
-def _array_problem(value: ir.Value, array: Any) -> str | None:
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        return f"is a {type(array).__name__}; give a numpy array or a torch tensor"
-    expected = dialect.shape_of(value)
-    if len(array.shape) != len(expected):
-        return (f"has {len(array.shape)} axes ({'x'.join(map(str, array.shape))}); "
-                f"the model takes {len(expected)}, as {'x'.join(map(str, expected))}")
-    if _is_tensor(array) and (array.is_meta or str(array.layout) != "torch.strided"):
-        return f"is a tensor of {'no data' if array.is_meta else array.layout}; give a dense one"
-    assert value.dtype is not None
-    given = str(array.dtype if _is_tensor(array) else array.dtype.newbyteorder("=")).removeprefix("torch.")
-    known = str(value.dtype.numpy()) if value.dtype != ir.DataType.BFLOAT16 else "bfloat16"
-    if given != known:
-        return f"is {given}; the model takes {known}: convert it"
-    return None

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from partitioner import __version__
 from partitioner.errors import ExecutionError, PartitionError
+from partitioner.signals import Ended, orderly_end
 
 if TYPE_CHECKING:
-    from partitioner.api import Plan, Progress
+    from partitioner.api import Progress
+    from partitioner.files import FileRun
+    from runtime.group import Place
+    from runtime.session import RunReport
 
 EXAMPLES = """examples:
   partition plan unet3d.onnx --mesh depth=2,height=2 --shape volume=1x1x121x160x143
@@ -24,17 +29,29 @@ EXAMPLES = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as all of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.removeprefix("partition").strip()
+        self.exit(2, f"partition: {command + ': ' if command else ''}{message}; see {self.prog} --help\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 failed while running, 2 a mistake of the user."""
+    """Run the command; returns the exit code: 0 done, 1 failed while running, 2 a mistake of the user.
+
+    SIGINT, SIGTERM and SIGHUP end it with 128 + their number, after everything half done has been removed.
+    """
     options = _parser().parse_args(arguments)
     try:
-        return options.action(options)
+        with orderly_end():
+            return options.action(options)
     except PartitionError as error:
-        return _complain(error, 2)
+        return _complain(error, 2) if _speaks_for_all() else 2
     except ExecutionError as error:
         return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted; no output was written", 130)
+    except Ended as end:
+        return _complain(f"{end.reason}; no output was written", end.code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -46,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                          "set PARTITIONER_TRACEBACK=1 for the details and report it", 1)
 
 
+def _speaks_for_all() -> bool:
+    """Whether this rank says what all ranks of the group found."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _complain(error: Exception | str, code: int) -> int:
     for line in str(error).splitlines():
         sys.stderr.write(f"partition: {line}\n")
@@ -53,7 +75,7 @@ def _complain(error: Exception | str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="partition", description="Run convolutional networks on images too large for one device, exactly.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"partition {__version__}")
@@ -108,80 +130,11 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
 
 
-def _shapes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for text in options.shape:
-        name, _, extents = text.rpartition("=")
-        if not name and len(names) != 1:
-            raise PartitionError(f"--shape {text}: the model has {len(names)} inputs ({', '.join(names)}); "
-                                 f"write NAME={text}")
-        try:
-            found[name or names[0]] = tuple(int(n) for n in extents.lower().split("x"))
-        except ValueError:
-            raise PartitionError(f"--shape {text}: extents are integers joined by x, as 1x1x64x64x64") from None
-    return found
-
-
-def _cuts(options: argparse.Namespace, extents: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for text in options.cuts:
-        name, _, positions = text.partition("=")
-        try:
-            inner = tuple(int(p) for p in positions.split(",") if p)
-        except ValueError:
-            raise PartitionError(f"--cuts {text}: positions are integers joined by commas, as depth=50,80") from None
-        if name not in extents:
-            raise PartitionError(f"--cuts {text}: the volume has no axis '{name}'; use {', '.join(extents)}")
-        found[name] = (0, *inner, extents[name])
-    return found
-
-
-def _axis_extents(shape: Sequence[int]) -> dict[str, int]:
-    from partitioner.mesh import spatial_names
-
-    names = spatial_names(len(shape) - 2) if 3 <= len(shape) <= 5 else ()
-    return {"batch": shape[0], **dict(zip(names, shape[2:], strict=True))} if shape else {}
-
-
-def _load_plan(options: argparse.Namespace, file_shapes: dict[str, tuple[int, ...]] | None = None) -> Plan:
-    """The plan that the options ask for: read from a file, or compiled now."""
-    from pathlib import Path
-
-    from partitioner import dialect
-    from partitioner.api import Plan, check_plan
-    from partitioner.loader import load_file
-    from partitioner.mesh import Mesh
-
-    model = load_file(Path(options.model))
-    names = [str(v.name) for v in model.graph.inputs if v.name not in model.graph.initializers]
-    shapes = {**(file_shapes or {}), **_shapes(options, names)}
-    if dialect.is_plan(model):
-        check_plan(model, options.model)
-        plan = Plan(model)
-        if options.mesh and str(Mesh.parse(options.mesh)) != str(plan.mesh):
-            raise PartitionError(f"{options.model}: is a plan for the mesh {plan.mesh}, not {options.mesh}; "
-                                 "leave --mesh out, or give the model")
-        if options.cuts:
-            raise PartitionError(f"{options.model}: is a plan with cuts of its own; give the model to cut it anew")
-        wrong = {n: s for n, s in _shapes(options, names).items() if plan.input_shapes.get(n) != s}
-        return plan.with_shapes(wrong) if wrong else plan
-    volume = max(shapes.values(), key=len, default=None) or _declared(model)
-    cuts = _cuts(options, _axis_extents(volume))
-    dump = getattr(options, "dump_dir", None)
-    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump))
-
-
-def _declared(model: Any) -> tuple[int, ...]:
-    """Static extents of the input with most axes; none when they are open."""
-    shapes = [v.shape for v in model.graph.inputs if v.shape is not None and v.shape.is_static()]
-    best = max(shapes, key=len, default=())
-    return tuple(int(n) for n in best)
-
-
 def _plan(options: argparse.Namespace) -> int:
+    from partitioner.options import load_plan
     from partitioner.report import render
 
-    plan = _load_plan(options)
+    plan = load_plan(options)
     if options.json:
         _print_json(plan.to_dict())
         return 0
@@ -193,11 +146,12 @@ def _compile(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from partitioner.loader import save_model, write_text
+    from partitioner.options import load_plan
 
     target: str | None = options.output
     if target is None and options.emit != "text":
         raise PartitionError("compile: name the file to write with -o FILE")
-    plan = _load_plan(options)
+    plan = load_plan(options)
     if target is None:
         sys.stdout.write(plan.to_text())
         return 0
@@ -211,60 +165,65 @@ def _compile(options: argparse.Namespace) -> int:
     return 0
 
 
-def _assignments(given: Sequence[str]) -> list[tuple[str | None, str]]:
-    pairs = [text.partition("=") for text in given]
-    return [(name, path) if equals else (None, name) for name, equals, path in pairs]
-
-
-def _prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
-    """The plan and its input files; open axes take their extents from the files."""
-    from pathlib import Path
-
-    from partitioner import dialect
-    from partitioner.files import name_files, open_inputs
-    from partitioner.loader import load_file
-
-    model = load_file(Path(options.model))
-    values = {str(v.name): v for v in model.graph.inputs if v.name not in model.graph.initializers}
-    files = name_files(_assignments(options.input), list(values), "input")
-    dtypes = {name: v.dtype for name, v in values.items() if v.dtype is not None}
-    sources = open_inputs(files, dtypes)
-    shapes = {name: tuple(source.shape) for name, source in sources.items()}
-    for source in sources.values():
-        source.close()
-    return _load_plan(options, None if dialect.is_plan(model) else shapes), files
-
-
 def _run(options: argparse.Namespace) -> int:
-    from partitioner.files import FileRun, name_files
+    from partitioner.options import file_run
     from runtime.allocator import keep_memory_tight
     from runtime.group import place_from_environment
 
     keep_memory_tight()
-    plan, inputs = _prepare_files(options)
-    outputs = name_files(_assignments(options.output), [str(v.name) for v in plan.model.graph.outputs], "output")
     place = place_from_environment()
-    joined = place is not None and options.backend != "lockstep"
-    backend = options.backend or (("nccl" if options.device.startswith("cuda") else "gloo") if joined else "lockstep")
-    job = FileRun(plan, inputs, outputs, backend, options.device)
-    with _progress(options, place is None or place.rank == 0) as progress:
-        report = job.join(place, progress) if joined and place is not None else job.run(progress)
-    if report is None:
-        return 0
-    if options.json:
-        _print_json({
-            "outputs": outputs, "backend": backend, "mesh": dict(plan.mesh.axes), "seconds": report.seconds,
-            "peak_bytes": report.peak_bytes, "predicted_peak_bytes": int(plan.cost.peak.max(initial=0)),
-            "predicted_sent_bytes": [int(n) for n in plan.cost.sent.reshape(-1)],
-            "ranks": [vars_of(r) for r in report.ranks]})
-        return 0
+    if place is not None and place.size > 1 and options.backend == "lockstep":
+        raise PartitionError("backend lockstep runs all shards in one process; start it without torchrun or srun")
+    if place is not None and options.backend != "lockstep":
+        return _join(options, place)
+    backend = options.backend or "lockstep"
+    job = file_run(options, backend)
+    with _progress(options, True) as progress:
+        report = job.run(progress)
+    _report_run(options, job, report)
+    return 0
+
+
+def _join(options: argparse.Namespace, place: Place) -> int:
+    """One rank of a group; whatever is wrong on one rank, all ranks learn before the work starts."""
+    from partitioner.options import file_run
+    from runtime import group
+
+    backend = options.backend or ("nccl" if options.device.startswith("cuda") else "gloo")
+    group.check_backend(backend, options.device, 1)
+    group.join(place, backend)
+    job: FileRun | None = None
+    problem: str | None = None
+    try:
+        job = file_run(options, backend)
+    except PartitionError as error:
+        problem = str(error)
+    group.agree(problem)
+    assert job is not None
+    with _progress(options, place.rank == 0) as progress:
+        report = job.join(place, progress)
+    group.leave()
+    if report is not None:
+        _report_run(options, job, report)
+    return 0
+
+
+def _report_run(options: argparse.Namespace, job: FileRun, report: RunReport) -> None:
     from partitioner.report import size_text
 
+    cost = job.plan.cost
+    if options.json:
+        _print_json({
+            "outputs": dict(job.outputs), "backend": job.backend, "mesh": dict(job.plan.mesh.axes),
+            "seconds": report.seconds, "peak_bytes": report.peak_bytes,
+            "predicted_peak_bytes": cost.peak_together if job.backend == "lockstep" else int(cost.peak.max(initial=0)),
+            "predicted_sent_bytes": [int(n) for n in cost.sent.reshape(-1)],
+            "ranks": [vars_of(r) for r in report.ranks]})
+        return
     sent = sum(r.sent_bytes for r in report.ranks)
-    _say(f"wrote {', '.join(dict.fromkeys(outputs.values()))} in {report.seconds:.2f} s; "
+    _say(f"wrote {', '.join(dict.fromkeys(job.outputs.values()))} in {report.seconds:.2f} s; "
          f"{size_text(sent)} in {sum(r.messages for r in report.ranks)} messages; "
-         f"peak {size_text(report.peak_bytes)} {'in this process' if backend == 'lockstep' else 'on a rank'}")
-    return 0
+         f"peak {size_text(report.peak_bytes)} {'in this process' if job.backend == 'lockstep' else 'on a rank'}")
 
 
 def vars_of(record: Any) -> dict[str, Any]:
@@ -275,21 +234,26 @@ def vars_of(record: Any) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from partitioner.options import load_plan, prepare_files, read_all
     from partitioner.verify import verify
     from runtime.allocator import keep_memory_tight
+    from runtime.group import place_from_environment
 
+    place = place_from_environment()
+    if place is not None and place.size > 1:
+        raise PartitionError("verify starts its own ranks; start it without torchrun or srun")
     keep_memory_tight()
     arrays: dict[str, Any] | None = None
     if options.input:
-        plan, files = _prepare_files(options)
-        arrays = _read_all(plan, files)
+        plan, files = prepare_files(options)
+        arrays = read_all(plan, files)
     else:
-        plan = _load_plan(options)
+        plan = load_plan(options)
     with _progress(options, True) as progress:
         found = verify(plan, arrays, options.backend or "lockstep", options.device, options.tolerance, progress)
     if options.json:
         _print_json({"passed": found.passed, "reference": found.reference, "mesh": dict(plan.mesh.axes),
-                     "outputs": [{**vars_of(o), "passed": o.passed} for o in found.outputs]})
+                     "outputs": [{**_finite(vars_of(o)), "passed": o.passed} for o in found.outputs]})
     else:
         for item in found.outputs:
             verdict = "ok" if item.passed else "TOO LARGE"
@@ -299,13 +263,9 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if found.passed else 1
 
 
-def _read_all(plan: Plan, files: dict[str, str]) -> dict[str, Any]:
-    from partitioner.files import check_sources, open_inputs
-
-    dtypes = {str(v.name): v.dtype for v in plan.model.graph.inputs if v.dtype is not None}
-    sources = open_inputs(files, dtypes)
-    check_sources(plan, sources)
-    return {name: source.read() for name, source in sources.items()}
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for what JSON has no number for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _console() -> Any:
@@ -319,7 +279,7 @@ def _say(text: str) -> None:
 
 
 def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 class _progress:

@@ -71,6 +71,7 @@ def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:
 def plain_model(plan: ir.Model) -> ir.Model:
     """The unpartitioned model in a plan: our nodes replaced by their global meaning, layouts dropped."""
     model = plan.clone()
+    _join_norms(model)
     library.InlinePass()(model)
     model.functions.clear()
     model.graph.opset_imports.pop(dialect.DOMAIN, None)
@@ -85,6 +86,24 @@ def plain_model(plan: ir.Model) -> ir.Model:
     for value in model.graph.inputs:
         _strip(value)
     return model
+
+
+def _join_norms(model: ir.Model) -> None:
+    """Moments, their merge and Normalize become the InstanceNormalization that they were split from."""
+    for node in list(model.graph):
+        if node.domain != dialect.DOMAIN or node.op_type != dialect.NORMALIZE:
+            continue
+        x, _, _, _, scale, bias = node.inputs
+        epsilon = float(dialect.attributes_of(node)["epsilon"])
+        joined = ir.Node("", "InstanceNormalization", [x, scale, bias], [ir.AttrFloat32("epsilon", epsilon)],
+                         outputs=[ir.Value(name=f"{node.name}/joined")], name=f"{node.name}/joined")
+        model.graph.insert_before(node, joined)
+        old, new = node.outputs[0], joined.outputs[0]
+        new.shape, new.type = old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        new.name = old.name
+    library.RemoveUnusedNodesPass()(model)
 
 
 def _strip(item: ir.Node | ir.Value) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from partitioner.errors import PartitionError, refuse_all
 
 if TYPE_CHECKING:
     from runtime.group import Place
+    from runtime.rank import RankReport, RunFiles
     from runtime.session import RunReport
     from runtime.volumes import Sink, Source
 
@@ -31,18 +32,24 @@ def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str,
     """
     found: dict[str, str] = {}
     problems: list[str] = []
-    for name, path in given:
+    for name, path in sorted(given, key=lambda pair: pair[0] is None):  # those with a name first
+        free = [n for n in names if n not in found]
         if name is not None and name not in names:
             problems.append(f"{what} '{name}' is unknown; the model has {', '.join(names)}")
+        elif not path:
+            problems.append(f"--{what} '{name or ''}' names no file; write --{what} {name or names[0]}=FILE")
+        elif name in found or not free:
+            twice = name or names[0]
+            problems.append(f"{what} '{twice}' is given twice, as {found[twice]} and {path}; give one file")
         elif name is not None:
             found[name] = path
         elif len(names) == 1 or path.lower().endswith(".npz"):
-            found |= {n: path for n in names if n not in found}
+            found |= dict.fromkeys(free, path)
         else:
             problems.append(f"{what} file {path}: the model has {len(names)} {what}s ({', '.join(names)}); "
                             f"write NAME={path}")
-    problems += [f"{what} '{name}' has no file; add --{what} {name}=FILE" for name in names if name not in found]
     refuse_all(problems)
+    refuse_all([f"{what} '{n}' has no file; add --{what} {n}=FILE" for n in names if n not in found])
     return found
 
 
@@ -130,59 +137,77 @@ class FileRun:
         with contextlib.ExitStack() as stack:
             sources, refs = self._sources(stack)
             sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
-            files = RunFiles(refs, streamed(sources), places)
+            stack.enter_context(prepared(sinks.values()))
             runner = make_runner(self.plan.model, self.backend, self.device)
             stack.callback(runner.close)
-            with prepared(sinks.values()):
-                runner.run_files(files, progress)
+            runner.run_files(RunFiles(refs, streamed(sources), places), progress)
             assert runner.report is not None
             return runner.report
 
     def join(self, place: Place, progress: Progress | None = None) -> RunReport | None:
-        """Run as one rank of a group that torchrun or Slurm has started; rank 0 returns the figures.
+        """Run as one rank of a group that has been joined; rank 0 returns the figures.
+
+        All checks are agreed upon, so that no rank waits for one that has given up.
 
         Raises:
             PartitionError, ExecutionError: as `run`, on every rank.
         """
         from runtime import group
+        from runtime.rank import RunFiles
+
+        problem: str | None = None
+        refs, streams, places = {}, frozenset[str](), {}
+        with contextlib.ExitStack() as stack:
+            try:
+                self._check_place(place)
+                sources, refs = self._sources(stack)
+                streams = streamed(sources)
+                if place.rank == 0:
+                    sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
+                    stack.enter_context(prepared(sinks.values()))
+            except PartitionError as error:
+                problem = str(error)
+            group.agree(problem)
+            self._compare_plans()
+            files = RunFiles(refs, streams, group.broadcast(places))
+            reports = self._run_rank(place, files, progress)
+        return _summary(reports) if place.rank == 0 else None
+
+    def _run_rank(self, place: Place, files: RunFiles, progress: Progress | None) -> list[RankReport]:
+        """This rank's part; every rank's figures, when all have written theirs."""
+        from runtime import group
         from runtime.rank import RankRunner, guarded
 
-        if place.size != self.plan.mesh.size:
-            raise PartitionError(f"the mesh {self.plan.mesh} has {self.plan.mesh.size} ranks but {place.size} "
-                                 "processes were started; make them equal")
+        device = group.rank_device(self.device, place)
+        who = f"rank {place.rank}: "
+        try:
+            runner = guarded(lambda: RankRunner(self.plan.model, place, device, self.backend), who)
+            return group.gather(guarded(lambda: runner.run(files, progress), who))
+        except BaseException:
+            files.remove()  # rank 0, which prepared them, may be the one that died
+            raise
+
+    def _check_place(self, place: Place) -> None:
+        from runtime import group
+
+        size = self.plan.mesh.size
+        if place.size != size:
+            raise PartitionError(f"the mesh {self.plan.mesh} has {size} ranks but {place.size} processes "
+                                 "were started; make them equal")
         device = group.rank_device(self.device, place)
         if device.type == "cuda":
             import torch
 
             torch.cuda.set_device(device)
-        group.join(place, self.backend)
-        runner = RankRunner(self.plan.model, place, device, self.backend)
-        with contextlib.ExitStack() as stack:
-            problem: str | None = None
-            sources, refs, sinks, places = {}, {}, {}, {}
-            try:
-                sources, refs = self._sources(stack)
-                sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
-            except PartitionError as error:
-                problem = str(error)
-            group.agree(problem)
-            return self._joined(runner, place, refs, streamed(sources), sinks if place.rank == 0 else {}, places,
-                                guarded, progress)
 
-    def _joined(self, runner: Any, place: Place, refs: Any, streams: frozenset[str], sinks: dict[str, Sink],
-                places: Any, guarded: Any, progress: Progress | None) -> RunReport | None:
+    def _compare_plans(self) -> None:
+        from partitioner import seal
         from runtime import group
-        from runtime.rank import RunFiles
-        from runtime.session import RunReport
 
-        with prepared(sinks.values()) if place.rank == 0 else contextlib.nullcontext():
-            places = group.broadcast(places)
-            report = guarded(lambda: runner.run(RunFiles(refs, streams, places), progress), place.rank)
-            reports = group.gather(report)
-        group.leave()
-        if place.rank != 0:
-            return None
-        return RunReport(tuple(reports), max(r.seconds for r in reports), max(r.peak_bytes for r in reports))
+        digests = group.gather(seal.digest(self.plan.model))
+        other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
+        if other is not None:
+            raise PartitionError(f"rank {other} has another model than rank 0; give all hosts the same file")
 
     def _sources(self, stack: contextlib.ExitStack) -> tuple[dict[str, Source], dict[str, Any]]:
         from runtime.rank import FileRef
@@ -197,6 +222,12 @@ class FileRun:
         return sources, refs
 
 
+def _summary(reports: list[RankReport]) -> RunReport:
+    from runtime.session import RunReport
+
+    return RunReport(tuple(reports), max(r.seconds for r in reports), max(r.peak_bytes for r in reports))
+
+
 def streamed(sources: Mapping[str, Source]) -> frozenset[str]:
     """Inputs whose file must be read from its start to its end."""
     return frozenset(name for name, source in sources.items() if not source.random_access)
@@ -208,7 +239,7 @@ def _spatial(sources: Mapping[str, Source]) -> Source | None:
 
 
 @contextlib.contextmanager
-def prepared(sinks: Any) -> Generator[None]:
+def prepared(sinks: Iterable[Sink]) -> Generator[None]:
     """Prepare all sinks, commit them when the block succeeds, remove them when it fails.
 
     Raises:
@@ -222,7 +253,15 @@ def prepared(sinks: Any) -> Generator[None]:
         for sink in known:
             sink.commit()
     except BaseException:
-        for sink in known:
-            sink.abort()
+        try:
+            _abort(known)
+        except BaseException:  # a signal while cleaning up: finish first
+            _abort(known)
+            raise
         raise
+
+
+def _abort(sinks: Sequence[Sink]) -> None:
+    for sink in sinks:
+        sink.abort()
 

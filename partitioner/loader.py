@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -67,9 +68,22 @@ def load_file(path: Path) -> ir.Model:
 
 def _from_proto(proto: Any, where: str) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        with _hushed("onnx_ir"):
+            return ir.from_proto(proto)
     except Exception as error:
         raise PartitionError(f"{where}: is damaged ({_first_line(error)}); export or copy it again") from None
+
+
+@contextlib.contextmanager
+def _hushed(name: str) -> Generator[None]:
+    """Without the remarks of a library, which we repeat in words of our own."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _clone(model: ir.Model) -> ir.Model:
@@ -81,7 +95,7 @@ def _clone(model: ir.Model) -> ir.Model:
 
 def _checked(model: ir.Model, where: str, folder: Path | None) -> ir.Model:
     """The model when it is sound, its weights looked for in a folder (None: where it says itself)."""
-    _check_external(model, where, folder)
+    _check_weights(model, where, folder)
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
         for function in model.functions.values():
@@ -111,7 +125,7 @@ def _check_model(model: ir.Model, where: str) -> None:
     for node in model.graph:
         defined |= {v.name for v in node.outputs}
     problems += [f"{where}: '{name}' is read but never defined; the file is damaged"
-                 for name in sorted(_undefined(model, defined))]
+                 for name in sorted(set(_undefined(model, defined)))]
     refuse_all(problems)
     if _is_unsorted(model):
         _sort(model, where)
@@ -140,10 +154,27 @@ def _undefined(model: ir.Model, defined: set[str | None]) -> Iterator[str]:
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.name and value.name not in defined:
-                yield value.name
+                yield str(value.name)
     for value in model.graph.outputs:
         if value.name not in defined:
             yield str(value.name)
+
+
+def fault_of(model: ir.Model) -> str | None:
+    """What the ONNX checker has to say against a model; None when nothing, or when it cannot tell."""
+    import onnx
+
+    try:
+        proto = ir.to_proto(model)
+    except Exception as error:
+        return _first_line(error)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return _first_line(error)
+    except ValueError:  # larger than the checker takes
+        return None
+    return None
 
 
 def _is_unsorted(model: ir.Model) -> bool:
@@ -175,10 +206,24 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                     yield attribute.value
 
 
-def _check_external(model: ir.Model, where: str, folder: Path | None) -> None:
-    """Every external weight lies inside the model's folder and is complete."""
-    found = [_external_problem(tensor, folder) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
+def _check_weights(model: ir.Model, where: str, folder: Path | None) -> None:
+    """Every weight is complete, and lies inside the model's folder."""
+    found = [_external_problem(t, folder) if isinstance(t, ir.ExternalTensor) else _inner_problem(t)
+             for t in _tensors(model)]
     refuse_all([f"{where}: {problem}" for problem in found if problem is not None])
+
+
+def _inner_problem(tensor: ir.TensorProtocol) -> str | None:
+    problem = f"weight '{tensor.name}' is damaged; export or copy the model again"
+    proto: Any = getattr(tensor, "raw", None)
+    try:
+        if tensor.dtype == ir.DataType.STRING:
+            return None
+        size = tensor.nbytes
+        is_raw = hasattr(proto, "raw_data") and proto.HasField("raw_data")
+        return problem if is_raw and len(proto.raw_data) != size else None
+    except (TypeError, ValueError):  # a type that does not exist
+        return problem
 
 
 def _external_problem(tensor: ir.ExternalTensor, folder: Path | None) -> str | None:

@@ -17,15 +17,16 @@ from partitioner import dialect
 
 def seal(model: ir.Model) -> None:
     """Write the digest of a plan into its metadata."""
-    dialect.set_digest(model, _digest(model))
+    dialect.set_digest(model, digest(model))
 
 
 def is_intact(model: ir.Model) -> bool:
     """Whether a plan is the one that was sealed; the time is that of reading all weights once."""
-    return dialect.get_digest(model) == _digest(model)
+    return dialect.get_digest(model) == digest(model)
 
 
-def _digest(model: ir.Model) -> str:
+def digest(model: ir.Model) -> str:
+    """Two plans with the same digest compute the same in the same steps."""
     found = hashlib.blake2b(digest_size=16)
     for item in _content(model):
         found.update(len(item).to_bytes(8, "little"))

@@ -67,6 +67,7 @@ def prepare(model: ir.Model) -> None:
     for node in model.graph:
         if node.domain == "ai.onnx":
             node.domain = ""
+    library.ClearMetadataAndDocStringPass()(model)  # exporters leave stack traces and paths of their host
     library.RemoveInitializersFromInputsPass()(model)
     library.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     library.RemoveUnusedNodesPass()(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ class RunFiles:
         parts = {PartFile.from_json(part).temporary for part, _ in self.outputs.values()}
         files = [name for part in sorted(parts) for name in (part, f"{part}.packed")]
         return files if self.folder is None else [*files, self.folder]
+
+    def remove(self) -> None:
+        """Remove the prepared outputs of a run that failed; harmless when they are gone."""
+        for name in self.scratch:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,10 @@ def _lay_out(folder: Path, arrays: Mapping[str, Any], model: ir.Model) -> tuple[
         ExecutionError: when there is not enough room.
     """
     try:
-        inputs = {name: FileRef(str(_put(folder / f"in{i}.npy", array))) for i, (name, array) in enumerate(arrays.items())}
-        sinks = {str(v.name): create_sink(folder / f"out{i}.npy", [_spec(v)]) for i, v in enumerate(model.graph.outputs)}
+        inputs = {name: FileRef(str(_put(folder / f"in{i}.npy", array)))
+                  for i, (name, array) in enumerate(arrays.items())}
+        sinks = {str(v.name): create_sink(folder / f"out{i}.npy", [_spec(v)])
+                 for i, v in enumerate(model.graph.outputs)}
         for sink in sinks.values():
             sink.prepare()
     except (OSError, PartitionError) as error:

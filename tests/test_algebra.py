@@ -161,7 +161,8 @@ def exchanges(draw: st.DrawFn) -> Exchange:
             owned[axis] = AxisLayout.from_cuts(name, (0, *inner, shape[axis]))
     for axis, name in zip(draw(st.permutations(range(3))), mesh.names, strict=False):
         if draw(st.booleans()):
-            bounded = st.lists(st.builds(Interval, st.integers(0, shape[axis]), st.integers(0, shape[axis])), max_size=3)
+            cell = st.integers(0, shape[axis])
+            bounded = st.lists(st.builds(Interval, cell, cell), max_size=3)
             needed[axis] = AxisLayout(name, tuple(pieces(draw(bounded)) for _ in range(mesh.count(name))))
     return plan_exchange(mesh, Layout(shape, tuple(owned)), Layout(shape, tuple(needed)))
 

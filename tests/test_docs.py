@@ -25,13 +25,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from partitioner import dialect
 from partitioner.layout import parse_layout
 from partitioner.maps import AxisMap
 from partitioner.mesh import Mesh
 from partitioner.ops import registered
+from tests.examples import one_graph
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -271,17 +274,14 @@ def test_every_map_is_described() -> None:
 
 
 def test_layers_are_those_of_the_contract() -> None:
+    """The page names the main modules of each layer, in the order of the contract, and leaves helpers out."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     rows = next(contract["layers"] for contract in config if contract["id"] == "layers")
-    wanted = [re.sub(r"[()]", "", row) for row in rows]
-    there = [row for row in wanted if all(has_module(name) for name in re.split(r" [|:] ", row))]
-    told = next(b.text.split("\n") for b in blocks(ROOT / "docs" / "architecture.md") if "partitioner.cli\n" in b.text)
-    assert [line for line in told if line] == there
-
-
-def has_module(name: str) -> bool:
-    path = ROOT / Path(*name.split("."))
-    return path.is_dir() or path.with_suffix(".py").exists()
+    level = {name: index for index, row in enumerate(rows) for name in re.findall(r"[\w.]+", row)}
+    text = next(b.text for b in blocks(ROOT / "docs" / "architecture.md") if "partitioner.cli\n" in b.text)
+    told = [{level[name] for name in re.findall(r"[\w.]+", line)} for line in text.splitlines()]
+    assert len(told) > 10 and all(len(levels) == 1 for levels in told)
+    assert told == sorted(told, key=min)
 
 
 def test_node_types_and_attributes_are_those_of_the_dialect() -> None:
@@ -308,6 +308,46 @@ def test_layouts_parse_and_print_as_told() -> None:
     for row in rows:
         (text,) = code_of(row[0])
         assert str(parse_layout(text)) == text
+
+
+FLOAT, FEW = np.zeros((2, 3, 6, 6), np.float32), np.zeros((2, 3), np.float32)
+VECTOR = np.zeros(3, np.float32)
+REFUSED = {
+    "Conv": helper.make_node("Conv", ["few", "few"], ["y"]),
+    "ConvTranspose": helper.make_node("ConvTranspose", ["few", "few"], ["y"]),
+    "MaxPool": helper.make_node("MaxPool", ["x"], ["unused", "y"], kernel_shape=[2, 2]),
+    "BatchNormalization": helper.make_node("BatchNormalization", ["x", *["v"] * 4], ["y", "m", "s"], training_mode=1),
+    "Dropout": helper.make_node("Dropout", ["x", "", "true"], ["y"]),
+    "InstanceNormalization": helper.make_node("InstanceNormalization", ["few", "v", "v"], ["y"]),
+    "Resize": helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], mode="cubic"),
+    "Resize, antialias": helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], mode="linear", antialias=1),
+    "MatMul": helper.make_node("MatMul", ["few", "v"], ["y"]),
+    "Cast": helper.make_node("Cast", ["x"], ["y"], to=TensorProto.COMPLEX64),
+    "Slice": helper.make_node("Slice", ["x", "where", "where"], ["y"]),
+    "Pad": helper.make_node("Pad", ["x", "where"], ["y"]),
+    "Reshape": helper.make_node("Reshape", ["x", "where"], ["y"]),
+}
+"""One node per line of the table of what is refused."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_docs_call_refused_is_refused(name: str) -> None:
+    import partitioner as pt
+
+    node = REFUSED[name]
+    node.name = "the_node"
+    inputs = {"x": FLOAT, "few": FEW, "v": VECTOR, "where": np.zeros(4, np.int64)}
+    constants = {"true": np.asarray(True), "sizes": np.array([2, 3, 9, 9], np.int64)}
+    given = {key: array for key, array in inputs.items() if key in node.input}
+    model = one_graph([node], given, {key: array for key, array in constants.items() if key in node.input},
+                      {"y": (TensorProto.FLOAT, ())}, 18)
+    with pytest.raises(pt.PartitionError, match=f"the_node .{node.op_type}.: "):
+        pt.partition(model)
+
+
+def test_every_line_of_what_is_refused_is_tried() -> None:
+    told = {name for row in cells("operators.md", "operator | refused") for name in code_of(row[0])}
+    assert told == {name.partition(",")[0] for name in REFUSED}
 
 
 @by_page

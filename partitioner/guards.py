@@ -1,0 +1,104 @@
+"""Guards at the border: what users give the API, checked and brought into one form."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.errors import PartitionError, refuse_all
+from partitioner.mesh import Mesh
+from partitioner.ops.dtypes import is_known
+from partitioner.shapes import spatial_rank
+
+MeshLike = str | Mapping[str, int] | Mesh | None
+Arrays = Mapping[str, Any]
+
+
+def whole_numbers(given: Mapping[str, Sequence[int]] | None, what: str, example: str) -> dict[str, tuple[int, ...]]:
+    """Names with whole numbers, as the user gave them; nothing is rounded.
+
+    Raises:
+        PartitionError: for anything else.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise PartitionError(f"{what}: is a {type(given).__name__}; give a dict, as {example}")
+    found: dict[str, tuple[int, ...]] = {}
+    for name, numbers in (given or {}).items():
+        try:
+            found[name] = tuple(operator.index(n) for n in numbers)
+        except TypeError:
+            raise PartitionError(
+                f"{what}: {name}={numbers!r} is no list of whole numbers; give them as {example}") from None
+    return found
+
+
+def parse_mesh(given: MeshLike, model: ir.Model) -> Mesh:
+    """The mesh that the user gave in any form; the short form names the model's spatial axes.
+
+    Raises:
+        PartitionError: when it is none.
+    """
+    if isinstance(given, Mesh):
+        given = dict(given.axes)
+    if given is not None and not isinstance(given, str | Mapping):
+        raise PartitionError(f"mesh {given!r} is not understood; give 'depth=2,height=2', '2x2x1', a dict or a Mesh")
+    if isinstance(given, Mapping):
+        given = {name: _plain(count) for name, count in given.items()}
+    return Mesh.parse(given, spatial_rank(model))
+
+
+def _plain(count: Any) -> Any:
+    """A number of any integer type as Python's own; anything else stays, for `Mesh.parse` to refuse."""
+    return int(count) if hasattr(count, "__index__") and not isinstance(count, bool) else count
+
+
+def check_inputs(model: ir.Model, inputs: Arrays) -> None:
+    """Names, ranks and element types of the arrays given.
+
+    Raises:
+        PartitionError: with every problem.
+    """
+    wanted = {str(v.name): v for v in model.graph.inputs}
+    if not isinstance(inputs, Mapping):
+        raise PartitionError(f"the inputs are a {type(inputs).__name__}; give a dict from name to array: "
+                             f"{', '.join(wanted)}")
+    problems = [f"input '{n}' is unknown; the model has {', '.join(wanted)}" for n in inputs if n not in wanted]
+    for name, value in wanted.items():
+        problem = _array_problem(value, inputs[name]) if name in inputs else "is missing; give it"
+        if problem is not None:
+            problems.append(f"input '{name}' {problem}")
+    refuse_all(problems)
+
+
+def _array_problem(value: ir.Value, array: Any) -> str | None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return f"is a {type(array).__name__}; give a numpy array or a torch tensor"
+    expected = dialect.shape_of(value)
+    if len(array.shape) != len(expected):
+        return (f"has {len(array.shape)} axes ({'x'.join(map(str, array.shape))}); "
+                f"the model takes {len(expected)}, as {'x'.join(map(str, expected))}")
+    if is_tensor(array) and (array.is_meta or str(array.layout) != "torch.strided"):
+        return f"is a tensor of {'no data' if array.is_meta else array.layout}; give a dense one"
+    assert value.dtype is not None
+    given = str(array.dtype if is_tensor(array) else array.dtype.newbyteorder("=")).removeprefix("torch.")
+    known = str(value.dtype.numpy()) if value.dtype != ir.DataType.BFLOAT16 else "bfloat16"
+    if given != known:
+        return f"is {given}; the model takes {known}: convert it"
+    return None
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a torch tensor; torch is not loaded for the answer."""
+    return type(value).__module__.startswith("torch")
+
+
+def source_problems(model: ir.Model) -> list[str]:
+    """Why a model cannot be partitioned, whatever its operators."""
+    if dialect.is_plan(model):
+        return ["the model is a plan already; load it with pt.load, or give the model that it was made from"]
+    return [f"input '{v.name}' is {v.dtype.name}, which the runtime cannot hold; export it with another type"
+            for v in model.graph.inputs if v.dtype is not None and not is_known(v.dtype)]
