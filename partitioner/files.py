@@ -137,10 +137,10 @@ class FileRun:
         with contextlib.ExitStack() as stack:
             sources, refs = self._sources(stack)
             sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
-            stack.enter_context(prepared(sinks.values()))
             runner = make_runner(self.plan.model, self.backend, self.device)
             stack.callback(runner.close)
-            runner.run_files(RunFiles(refs, streamed(sources), places), progress)
+            with prepared(sinks.values()):
+                runner.run_files(RunFiles(refs, streamed(sources), places), progress)
             assert runner.report is not None
             return runner.report
 

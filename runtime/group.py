@@ -142,10 +142,13 @@ def check_backend(backend: str, device: str, ranks: int) -> None:
     """
     if backend != "nccl":
         return
+    names = device.split(",")
     count = torch.cuda.device_count() if dist.is_nccl_available() else 0
     if count == 0:
+        for name in names:
+            check_device(name)
         raise PartitionError("backend nccl: torch finds no GPU here; use --backend gloo")
-    if not all(name.strip().startswith("cuda") for name in device.split(",")):
+    if not all(name.strip().startswith("cuda") for name in names):
         raise PartitionError(f"backend nccl moves the memory of GPUs, not of device '{device}'; add --device cuda")
     if ranks > count:
         raise PartitionError(f"backend nccl needs a GPU for every rank: {ranks} ranks, {count} GPUs here; "

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from partitioner.errors import ExecutionError, PartitionError
 from runtime.allocator import keep_memory_tight
@@ -31,7 +31,7 @@ def main() -> int:
     remains = _Remains([options["folder"]])
     _die_with(options["parent"], remains)
     keep_memory_tight()
-    pipe = _Pipe(Connection(options["pipe"]))
+    pipe = _Pipe(Connection(options["pipe"]), remains)
     try:
         return _serve(pipe, options, remains)
     except PartitionError as error:
@@ -47,24 +47,25 @@ def main() -> int:
 
 
 class _Pipe:
-    """The way to the launcher; without a launcher there is nothing left to do."""
+    """The way to the launcher; without a launcher there is nothing left to do but to clean up."""
 
-    def __init__(self, connection: Connection[Any, Any]) -> None:
+    def __init__(self, connection: Connection[Any, Any], remains: _Remains) -> None:
         self._connection = connection
+        self._remains = remains
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Tell the launcher."""
         try:
             self._connection.send(message)
         except OSError:
-            os._exit(1)
+            self._remains.end()
 
     def receive(self) -> tuple[Any, ...]:
         """The launcher's next wish."""
         try:
             return self._connection.recv()
         except (EOFError, OSError):
-            os._exit(1)
+            self._remains.end()
 
 
 @dataclass
@@ -73,12 +74,13 @@ class _Remains:
 
     paths: list[str]
 
-    def remove(self) -> None:
-        """Remove files and folders; harmless when another rank is faster."""
+    def end(self) -> NoReturn:
+        """Remove files and folders, where no other rank was faster, and end this process."""
         for path in self.paths:
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        os._exit(1)
 
 
 def _serve(pipe: _Pipe, options: dict[str, Any], remains: _Remains) -> int:
@@ -130,8 +132,7 @@ def _die_with(parent: int, remains: _Remains) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
-        remains.remove()
-        os._exit(1)
+        remains.end()
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -242,10 +242,8 @@ class Pointwise(Operator):
         given = [t for t in view.inputs if t is not None]
         if not given:
             raise Unsupported("it has no input; correct the file")
-        if view.op_type in ("Clip", "Dropout"):  # their further inputs are scalars
-            shape = given[0].shape
-        else:
-            shape = _broadcast(given)
+        has_scalars = view.op_type in ("Clip", "Dropout")
+        shape = given[0].shape if has_scalars else _broadcast(given)
         dtype = ir.DataType.BOOL if view.op_type in _COMPARISONS else given[-1 if view.op_type == "Where" else 0].dtype
         return cls(view.inputs, (TensorType(shape, dtype),), view.op_type, tuple(view.attributes.items()))
 
