@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -13,6 +15,9 @@ from passes.canonicalize import bind_inputs, infer_and_fold, prepare
 
 FARTHEST = 64
 """How many cells smaller or larger an axis is tried."""
+
+PATIENCE = 5.0
+"""Seconds that the search for extents that work may take."""
 
 
 def spatial_rank(model: ir.Model) -> int:
@@ -48,31 +53,62 @@ def with_nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -
 def nearest_shapes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """The nearest smaller and larger extents of the volume that the network takes, as text.
 
-    Each axis is searched on its own, in cubes, since what a network can take is mostly a rule per axis.
+    Each axis is searched on its own, in cubes, since what a network can take is mostly a rule per axis; where
+    no cube will do, one axis is changed at a time.  The search ends after a few seconds.
     """
     name = max(shapes, key=lambda n: len(shapes[n]), default=None)
     if name is None or len(shapes[name]) < 3:
         return []
-    given = tuple(shapes[name])
-    known: dict[int, bool] = {}
-
-    def works(n: int) -> bool:
-        if n not in known:
-            known[n] = n > 0 and takes(source, {**shapes, name: (*given[:2], *(n for _ in given[2:]))})
-        return known[n]
-
-    found: list[str] = []
-    for direction in (-1, 1):
-        extents = [_search(n, direction, works) for n in given[2:]]
-        candidate = (*given[:2], *(n for n in extents if n is not None))
-        text = f"{name}={'x'.join(map(str, candidate))}"
-        if None not in extents and text not in found and takes(source, {**shapes, name: candidate}):
-            found.append(text)
-    return found
+    search = _Search(source, shapes, name, time.monotonic() + PATIENCE)
+    found = [extents for direction in (-1, 1) if (extents := search.by_cubes(direction)) is not None]
+    chosen = found or search.by_one_axis()
+    return list(dict.fromkeys(f"{name}={'x'.join(map(str, extents))}" for extents in chosen))
 
 
-def _search(n: int, direction: int, works: Callable[[int], bool]) -> int | None:
-    return next((n + direction * step for step in range(FARTHEST + 1) if works(n + direction * step)), None)
+@dataclass
+class _Search:
+    """Tries extents of a volume, and of all inputs that have the same spatial extents."""
+
+    source: ir.Model
+    shapes: Mapping[str, Sequence[int]]
+    name: str
+    deadline: float
+    cubes: dict[int, bool] = field(default_factory=dict[int, bool])
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        return tuple(self.shapes[self.name])
+
+    def works(self, spatial: Sequence[int]) -> bool:
+        """Whether the network takes these spatial extents; no when the time is over."""
+        if min(spatial) < 1 or time.monotonic() > self.deadline:
+            return False
+        alike = {n: (*s[:2], *spatial) for n, s in self.shapes.items() if tuple(s[2:]) == self.given[2:]}
+        return takes(self.source, {**self.shapes, **alike})
+
+    def by_cubes(self, direction: int) -> tuple[int, ...] | None:
+        """Per axis the nearest extent of which a cube works."""
+        spatial = [self._nearest_cube(n, direction) for n in self.given[2:]]
+        known = [n for n in spatial if n is not None]
+        return (*self.given[:2], *known) if len(known) == len(spatial) and self.works(known) else None
+
+    def _nearest_cube(self, n: int, direction: int) -> int | None:
+        for extent in range(n, n + direction * (FARTHEST + 1), direction):
+            if extent not in self.cubes:
+                self.cubes[extent] = self.works([extent] * len(self.given[2:]))
+            if self.cubes[extent]:
+                return extent
+        return None
+
+    def by_one_axis(self) -> list[tuple[int, ...]]:
+        """The nearest extents that differ along one axis only."""
+        for step in range(1, FARTHEST + 1):
+            around = [(*self.given[:axis], n + way * step, *self.given[axis + 1 :])
+                      for axis, n in enumerate(self.given) if axis > 1 for way in (-1, 1)]
+            found = [extents for extents in around if self.works(extents[2:])]
+            if found or time.monotonic() > self.deadline:
+                return found
+        return []
 
 
 def takes(source: ir.Model, shapes: Mapping[str, Sequence[int]]) -> bool:

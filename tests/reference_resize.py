@@ -20,7 +20,8 @@ def resize(op: str, version: int, attributes: Mapping[str, Any], xs: Sequence[An
     scales, sizes = _target(op, version, attributes, xs, axes)
     shape = list(x.shape)
     for i, axis in enumerate(axes):
-        shape[axis] = sizes[i] if sizes is not None else int(np.floor(np.float32(x.shape[axis]) * np.float32(scales[i])))
+        grown = np.float32(x.shape[axis]) * np.float32(1 if scales is None else scales[i])
+        shape[axis] = sizes[i] if sizes is not None else int(np.floor(grown))
     if shape == list(x.shape):  # onnxruntime copies, whatever the scales and the roi
         return x
     roi = np.asarray(xs[1]).reshape(-1) if mode == "tf_crop_and_resize" else np.zeros(2 * len(axes))

@@ -133,7 +133,8 @@ class Builder:
         result = f"v{len(self.nodes)}"
         node = helper.make_node(op, names, [result], f"{op.lower()}{len(self.nodes)}", **kept)
         cells = evaluate(node, self.opset, [
-            g.cells if isinstance(g, Value) else None if g is None else g.astype(np.float64) if g.dtype.kind == "f" else g
+            g.cells if isinstance(g, Value)
+            else None if g is None else g.astype(np.float64) if g.dtype.kind == "f" else g
             for g in inputs])
         if not self._is_worthy(cells):
             return False
@@ -280,7 +281,8 @@ def unary(b: Builder) -> bool:
     x = b.last
     if b.style.integers:
         return b.add(b.choose("Relu", "Neg", "Abs", "Identity"), [x])
-    op = b.choose("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "Softplus", "Neg", "Abs", "Identity", "Dropout", "Clip")
+    op = b.choose("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "Softplus", "Neg", "Abs", "Identity", "Dropout",
+                  "Clip")
     if op == "Clip" and b.opset < 11:
         return b.add(op, [x], {"min": -0.5, "max": 0.75})
     if op == "Clip":

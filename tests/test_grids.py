@@ -217,7 +217,8 @@ def test_pads(mode: str, n: int) -> None:
         left = n + min(lo, 0) + min(hi, 0)
         most = {"reflect": left - 1, "wrap": left}.get(mode, 3)
         if left >= 1 and max(lo, hi) <= most:
-            items.append(Item("Pad", {"mode": mode}, (np.array([0, 0, lo, 0, 0, hi], np.int64), np.array(0.5, np.float32))))
+            amounts = np.array([0, 0, lo, 0, 0, hi], np.int64)
+            items.append(Item("Pad", {"mode": mode}, (amounts, np.array(0.5, np.float32))))
     check_grid(items, ramp(n), 19, exact=True)
 
 

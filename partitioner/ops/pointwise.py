@@ -228,7 +228,8 @@ class Pointwise(Operator):
         *(Example(name, ((1, 2, 5, 3),)) for name in (
             "Celu", "ThresholdedRelu", "Softsign", "Exp", "Abs", "Neg", "Sign", "Floor", "Ceil", "Round", "Sin", "Cos",
             "Atan", "Sinh", "Cosh", "Asinh", "IsNaN")),
-        *(Example(name, ((1, 2, 5, 3),), between=(0.1, 0.9)) for name in ("Reciprocal", "Tan", "Asin", "Acos", "Atanh")),
+        *(Example(name, ((1, 2, 5, 3),), between=(0.1, 0.9))
+          for name in ("Reciprocal", "Tan", "Asin", "Acos", "Atanh")),
         Example("Shrink", ((1, 2, 9),), {"lambd": 0.7, "bias": 0.2}),
         Example("Swish", ((1, 2, 9),), {"alpha": 1.5}, opset=24),
     )
