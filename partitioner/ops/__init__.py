@@ -3,7 +3,7 @@
 To add an operator, write one class with `@register` in one of these files.
 """
 
-from partitioner.ops import conv, dense, norm, pointwise, pool, reduce, resize, shape
+from partitioner.ops import conv, dense, norm, pointwise, pool, reduce, reshape, resize, shape
 from partitioner.ops.base import (
     Call,
     Decomposer,
@@ -36,6 +36,7 @@ __all__ = [
     "reduce",
     "register",
     "registered",
+    "reshape",
     "resize",
     "shape",
 ]

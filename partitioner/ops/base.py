@@ -118,6 +118,15 @@ class NodeView:
         return str(self.attributes.get(name, default))
 
 
+def listed_integers(view: NodeView, name: str, index: int) -> tuple[int, ...] | None:
+    """Integers that older opsets keep in an attribute and newer ones in a constant input."""
+    given = view.ints(name)
+    if given is not None:
+        return given
+    array = view.constant(index, name)
+    return None if array is None else tuple(int(v) for v in array.reshape(-1))
+
+
 @dataclass(frozen=True)
 class Need:
     """How one input axis depends on the output: through `map`, from output axis `axis` (None: from all)."""

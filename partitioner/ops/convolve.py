@@ -41,6 +41,8 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if data.dim() == 3:
         flat = Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
         return convolve(data.unsqueeze(2), weight.unsqueeze(2), bias, flat, transposed).squeeze(2)
+    if data.device.type == "cpu" and not transposed and _is_misread(data, weight, geometry):
+        data, weight = (t.clone(memory_format=torch.contiguous_format) for t in (data, weight))
     if _suits_onednn(data):
         return _onednn(data, weight, bias, geometry, transposed)
     if transposed:
@@ -50,6 +52,18 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     with one_thread(data):
         return kernel(data, weight, bias, stride=geometry.stride, padding=geometry.padding,
                       dilation=geometry.dilation, groups=geometry.groups)
+
+
+def _is_misread(data: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN, called by us or by torch, may read beyond a channels-last tensor: then store it channels first.
+
+    Found by trying some 10^5 geometries with torch 2.13: with a stride along the last axis, it returns wrong
+    numbers where one output is left there and a filter reads one channel, and crashes where one input is.
+    """
+    n, kernel = data.shape[-1], weight.shape[-1]
+    stride, padding, dilation = geometry.stride[-1], geometry.padding[-1], geometry.dilation[-1]
+    outputs = (n + 2 * padding - (kernel - 1) * dilation - 1) // stride + 1
+    return stride > 1 and (n == 1 or (outputs == 1 and weight.shape[1] == 1))
 
 
 def _suits_onednn(data: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from partitioner.ops.base import Array
+Array = np.ndarray[Any, np.dtype[Any]]
 
 Spans = Mapping[int, tuple[int, int]]
 """Per axis the first cell and the one after the last."""

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from partitioner.errors import PartitionError
 from partitioner.geometry import Interval
-
-if TYPE_CHECKING:
-    from runtime.volumes.raw import RawArray
-
-Array = NDArray[Any]
-DType = np.dtype[Any]
+from runtime.volumes.raw import Array, DType, RawArray
 
 Span = slice | tuple[int, int] | Interval
 """The cells [start, stop) of one axis; `slice(None)` is the whole axis."""

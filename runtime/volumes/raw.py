@@ -15,11 +15,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from partitioner.geometry import Interval
-from runtime.volumes.base import Array, DType
+
+Array = NDArray[Any]
+DType = np.dtype[Any]
 
 TILE_BYTES = 8 * 2**20
 
