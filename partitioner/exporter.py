@@ -33,13 +33,17 @@ def export_module(module: Any, example: Any) -> tuple[ir.Model, dict[str, tuple[
         raise PartitionError(f"an example input goes with a torch.nn.Module, not with {type(module).__name__}")
     if example is None:
         raise PartitionError("a torch module needs an example input: pt.partition(module, example, mesh=...)")
-    examples = example if isinstance(example, tuple) else (example,)
-    training = module.training
+    examples: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
+    other = next((type(e).__name__ for e in examples if not isinstance(e, torch.Tensor)), None)
+    if other is not None:
+        raise PartitionError(f"the example input is a {other}; give a torch tensor, or a tuple of them")
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         program = _export(module, examples)
     finally:
-        module.train(training)
+        for part, training in modes.items():
+            part.training = training
     model = ir.from_proto(program)
     shapes = {str(v.name): tuple(int(n) for n in e.shape) for v, e in zip(model.graph.inputs, examples, strict=True)}
     return model, shapes
@@ -63,9 +67,9 @@ def _export(module: Any, examples: tuple[Any, ...]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Keep the exporter's chatter away from our output."""
+    """Keep the exporter's chatter away from our output; what it cannot do it raises as well."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

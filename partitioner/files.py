@@ -59,6 +59,7 @@ def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> 
     Raises:
         PartitionError: when a file is missing, damaged, or of a type that would lose values.
     """
+    from runtime.feeds import host_type
     from runtime.volumes import array_names, open_source
 
     found: dict[str, Source] = {}
@@ -67,7 +68,7 @@ def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> 
         member = name if name in members else None
         if len(members) > 1 and member is None:
             raise PartitionError(f"{path}: holds {', '.join(members)}, none of them '{name}'; rename one")
-        found[name] = open_source(path, member, dtypes[name].numpy())
+        found[name] = open_source(path, member, host_type(dtypes[name]))
     return found
 
 

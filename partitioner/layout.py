@@ -113,7 +113,7 @@ class Layout:
 
 
 def parse_layout(text: str) -> Layout:
-    """The inverse of `str(layout)`.
+    """The inverse of `str(layout)`, but for an extent whose last cells nobody holds: that is not in the text.
 
     Raises:
         ValueError: when the text is no layout.

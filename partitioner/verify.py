@@ -14,6 +14,7 @@ import psutil
 from partitioner import dialect
 from partitioner.api import Backend, Plan, Progress
 from partitioner.errors import PartitionError
+from partitioner.guards import is_tensor
 from partitioner.reference import run_onnxruntime, with_exact_statistics
 from partitioner.report import size_text
 
@@ -101,7 +102,7 @@ def verify(plan: Plan, inputs: Mapping[str, Any] | None = None, backend: Backend
         ExecutionError: when a rank dies.
     """
     check_memory(plan)
-    arrays = random_inputs(plan) if inputs is None else dict(inputs)
+    arrays = random_inputs(plan) if inputs is None else {name: _in_numpy(a) for name, a in inputs.items()}
     with plan.session(backend=backend, device=device) as session:
         results = session.run(arrays, progress)
     found: Verification | None = None
@@ -113,6 +114,15 @@ def verify(plan: Plan, inputs: Mapping[str, Any] | None = None, backend: Backend
             break
     assert found is not None
     return found
+
+
+def _in_numpy(array: Any) -> Any:
+    """Arrays as onnxruntime takes them; what is no array stays, to be refused with the rest."""
+    if is_tensor(array):
+        from runtime.feeds import to_numpy
+
+        return to_numpy(array)
+    return np.asarray(array, array.dtype.newbyteorder("=")) if isinstance(array, np.ndarray) else array
 
 
 def _compare(value: ir.Value, result: NDArray[Any], expected: NDArray[Any], tolerance: float | None) -> OutputError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from partitioner.geometry import Box, Interval
@@ -97,11 +98,18 @@ class FileDrain:
         writer.write(portion.slices, to_numpy(portion.tensor), member)
 
 
+def host_type(dtype: ir.DataType) -> np.dtype[Any]:
+    """The numpy type in which values lie in host memory and files; float32 holds bfloat16, which numpy lacks."""
+    return np.dtype(np.float32) if dtype == ir.DataType.BFLOAT16 else np.dtype(dtype.numpy())
+
+
 def as_tensor(values: Any) -> torch.Tensor:
     """A tensor or array as a tensor; read-only and re-ordered arrays are copied."""
     if isinstance(values, torch.Tensor):
         return values
     array = np.asarray(values)
+    if array.dtype.name == "bfloat16":  # of the package ml_dtypes
+        return torch.from_numpy(array.astype(np.float32)).bfloat16()
     plain = array.flags.writeable and all(step >= 0 for step in array.strides) and array.dtype.isnative
     return torch.from_numpy(array if plain else array.astype(array.dtype.newbyteorder("="), order="C", copy=True))
 

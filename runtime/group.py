@@ -234,7 +234,9 @@ class SharedFeed:
             start, shape = head[:axes].tolist(), head[axes:].tolist()
             if not any(shape):
                 return
-            part = torch.empty(shape, dtype=portion.tensor.dtype)
+            # as the file's reader hands them out, see `feeds.host_type`
+            is_bfloat16 = portion.tensor.dtype == torch.bfloat16
+            part = torch.empty(shape, dtype=torch.float32 if is_bfloat16 else portion.tensor.dtype)
             with peers([0]):
                 dist.recv(part.view(-1).view(torch.uint8), 0)
             fill_from_slab(portion, start, part.numpy())

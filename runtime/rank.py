@@ -17,7 +17,7 @@ from partitioner.errors import ExecutionError, PartitionError
 from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
 from runtime.executor import Executor, Progress, make_shards
-from runtime.feeds import FileDrain
+from runtime.feeds import FileDrain, host_type
 from runtime.group import Place, SharedFeed, agree
 from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
@@ -140,7 +140,7 @@ class RankRunner:
     def _source(self, name: str, ref: FileRef) -> Source:
         dtype = self._dtypes[name]
         assert dtype is not None
-        return open_source(ref.path, ref.member, dtype.numpy())
+        return open_source(ref.path, ref.member, host_type(dtype))
 
 
 def guarded(work: Callable[[], Result], who: str = "") -> Result:

@@ -19,7 +19,7 @@ from partitioner.errors import ExecutionError, PartitionError
 from partitioner.lifetime import find_lifetimes
 from partitioner.ops.dtypes import torch_dtype
 from runtime.executor import Executor, Progress, make_shards
-from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed
+from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, host_type, to_numpy
 from runtime.group import check_backend, check_device
 from runtime.launcher import RankPool
 from runtime.memory import storage_on
@@ -105,7 +105,7 @@ class LockstepRunner:
             for value in self._model.graph.inputs:
                 ref = files.inputs[str(value.name)]
                 assert value.dtype is not None
-                source = open_source(ref.path, ref.member, value.dtype.numpy())
+                source = open_source(ref.path, ref.member, host_type(value.dtype))
                 sources[str(value.name)] = stack.enter_context(source)
             writers = {name: (stack.enter_context(open_part(PartFile.from_json(part))), member)
                        for name, (part, member) in files.outputs.items()}
@@ -222,8 +222,8 @@ def _spec(value: ir.Value) -> ArraySpec:
 
 
 def _put(path: Path, array: Any) -> Path:
-    found = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-    np.save(path, found)
+    found = to_numpy(array) if isinstance(array, torch.Tensor) else np.asarray(array)
+    np.save(path, found.astype(np.float32) if found.dtype.name == "bfloat16" else found)
     return path
 
 

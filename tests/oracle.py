@@ -32,7 +32,7 @@ from passes.merge_exchanges import MergeExchanges
 from passes.pipeline import Observer, Pipeline
 from passes.schedule import Schedule, Storage
 from passes.split_reductions import SplitReductions
-from runtime.executor import Executor, make_shards
+from runtime.executor import Executor, Shard, make_shards
 from runtime.feeds import ArrayFeed, Portion
 from runtime.program import localise
 from runtime.transports.lockstep import Lockstep
@@ -147,17 +147,19 @@ class Run:
     messages: Array
 
 
-def run_lockstep(plan: ir.Model, inputs: Mapping[str, Array], poison: bool = True) -> Run:
+def run_lockstep(plan: ir.Model, inputs: Mapping[str, Array], poison: bool = True,
+                 transport: Lockstep | None = None) -> Run:
     """Run all ranks side by side and check the books on the way.
 
-    Every output cell is written by one rank, once; bytes and messages counted where messages leave are those
-    that the plan's cost foretells; no buffer outlives the run.
+    After every step, all buffers have the extents that the program says; every output cell is written by one
+    rank, once; bytes and messages counted where messages leave are those that the plan's cost foretells; no
+    buffer outlives the run.
     """
     mesh = dialect.get_mesh(plan)
-    transport = Lockstep(mesh.size)
+    transport = transport or Lockstep(mesh.size)
     shards = make_shards([localise(plan, rank) for rank in mesh], [torch.device("cpu")] * mesh.size, poison)
     drain = CountingDrain({str(v.name): _blank(v) for v in plan.graph.outputs})
-    Executor(shards, transport).run(ArrayFeed(inputs), drain)
+    Executor(shards, transport).run(ArrayFeed(inputs), drain, lambda *_: _check_buffers(shards))
     for name, tensor in drain.outputs.items():
         counts = drain.writes.get(name, np.zeros(tuple(tensor.shape), int))
         assert (counts == 1).all(), f"cells of {name} were written {sorted(set(counts.ravel()))} times"
@@ -171,9 +173,14 @@ def run_lockstep(plan: ir.Model, inputs: Mapping[str, Array], poison: bool = Tru
     return Run({name: t.numpy() for name, t in drain.outputs.items()}, sent, messages)
 
 
+def _check_buffers(shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        for name, tensor in shard.buffers.items():
+            told = shard.program.buffers[name].box.shape
+            assert tuple(tensor.shape) == told, f"{name} has extents {tuple(tensor.shape)}, the program says {told}"
+
+
 def _blank(value: ir.Value) -> torch.Tensor:
     assert value.dtype is not None
     tensor = torch.zeros(dialect.shape_of(value), dtype=torch_dtype(value.dtype))
     return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-

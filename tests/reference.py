@@ -363,6 +363,21 @@ def cast_like(node: Node, xs: list[Any]) -> Array:
     return xs[0].astype(xs[1].dtype)
 
 
+@rule("Constant")
+def constant(node: Node, xs: list[Any]) -> Array:
+    return np.asarray(next(iter(node.attributes.values())))
+
+
+@rule("ConstantOfShape")
+def constant_of_shape(node: Node, xs: list[Any]) -> Array:
+    return np.full([int(n) for n in xs[0]], np.asarray(node.get("value", 0.0)).reshape(-1)[0])
+
+
+@rule("Shape")
+def shape(node: Node, xs: list[Any]) -> Array:
+    return np.array(xs[0].shape[node.get("start", 0) : node.get("end")], np.int64)
+
+
 # --- cell by cell ------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -404,7 +405,8 @@ def test_two_volumes_that_must_agree_change_together(tmp_path: Path) -> None:
     twice.graph.output.append(value("y", None))
     onnx.save(twice, tmp_path / "m.onnx")
     shapes = [f"--shape={name}=1x2x13x12x16" for name in "xz"]
-    assert "nearest extents that work: x=1x2x12x12x16 or x=1x2x16x12x16" in refused("plan", tmp_path / "m.onnx", *shapes)
+    says = refused("plan", tmp_path / "m.onnx", *shapes)
+    assert "nearest extents that work: x=1x2x12x12x16 or x=1x2x16x12x16" in says
 
 
 @pytest.mark.parametrize(("cuts", "says"), [
@@ -528,7 +530,7 @@ def limited(folder: Path, kilobytes: int, *arguments: str) -> tuple[int, str]:
     script = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10})); "
               "from partitioner.cli import main; sys.exit(main())")
-    done = subprocess.run(["python", "-c", script, *arguments], cwd=folder, env=environment(), text=True,
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=folder, env=environment(), text=True,
                           capture_output=True, timeout=120, check=False)
     assert done.stdout == ""
     return done.returncode, done.stderr
@@ -624,7 +626,8 @@ def test_devices_that_are_not_here(conv: Path, command: str, options: tuple[str,
     (("frob",), "invalid choice: 'frob'"), (("plan",), "plan: the following arguments are required: MODEL"),
     (("run", "m.onnx"), "run: the following arguments are required: --input, --output; see partition run --help"),
     (("run", "m", "--input", "x", "--output", "y", "--backend", "mpi"), "run: argument --backend: invalid choice"),
-    (("plan", "m.onnx", "--frob"), "unrecognized arguments: --frob"), (("plan", "m", "--mesh"), "expected one argument"),
+    (("plan", "m.onnx", "--frob"), "unrecognized arguments: --frob"),
+    (("plan", "m", "--mesh"), "expected one argument"),
     (("verify", "m", "--tolerance", "x"), "verify: argument --tolerance: invalid float value"),
 ])
 def test_mistakes_on_the_command_line_take_one_line(arguments: tuple[str, ...], says: str) -> None:
@@ -656,7 +659,8 @@ def test_our_own_faults_are_one_line_too(conv: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("number", "code", "says"), [
-    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGHUP, 129, "ended by SIGHUP"),
+    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM"),
+    (signal.SIGHUP, 129, "ended by SIGHUP"),
 ])
 def test_a_signal_ends_in_good_order(conv: Path, number: int, code: int, says: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:

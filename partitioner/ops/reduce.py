@@ -56,6 +56,7 @@ class Reduce(Operator):
         Example("ReduceMean", ((2, 3, 7, 5), np.array([1, 3], np.int64)), opset=18),
         Example("ReduceMax", ((1, 2, 7, 5, 3),), {"axes": [2, 3, 4]}, opset=13),
         Example("ReduceMin", ((2, 3, 11),), opset=13),
+        Example("ReduceMean", ((2, 3, 7),), {"axes": [2]}, opset=13, dtype=ir.DataType.INT32),
         Example("GlobalAveragePool", ((2, 3, 7, 5),)),
         Example("GlobalMaxPool", ((1, 2, 7, 5, 3),)),
     )
@@ -163,7 +164,10 @@ def _reduce(kind: str, x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
     first, *others = axes
     with one_thread(x, needed=x.numel() <= x.shape[first] * math.prod(x.shape[a] for a in others)):
         result = kernel(kernel(x, others), [first]) if others else kernel(x, [first])
-    return result / math.prod(x.shape[a] for a in axes) if kind == "ReduceMean" else result
+    if kind != "ReduceMean":
+        return result
+    rounding = None if x.is_floating_point() else "trunc"
+    return torch.div(result, math.prod(x.shape[a] for a in axes), rounding_mode=rounding)
 
 
 @register
