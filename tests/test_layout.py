@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def layouts(draw: st.DrawFn, overlapping: bool) -> Layout:
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_even_cuts_differ_by_at_most_one(n: int, shards: int) -> None:
     cuts = even_cuts(n, shards)
-    sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(cuts)]
     assert (cuts[0], cuts[-1], len(sizes)) == (0, n, shards)
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)

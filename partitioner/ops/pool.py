@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
+import onnx_ir as ir
 
 from partitioner.geometry import Box, Interval
 from partitioner.maps import Window, identity
@@ -100,6 +101,8 @@ class MaxPool(Pool):
         Example("MaxPool", ((1, 2, 9, 11),), {"kernel_shape": [3, 2], "strides": [2, 3], "pads": [1, 0, 1, 1]}),
         Example("MaxPool", ((1, 1, 7, 8, 9),), {"kernel_shape": [3, 3, 2], "dilations": [2, 1, 1], "pads": [1] * 6}),
         Example("MaxPool", ((1, 2, 10),), {"kernel_shape": [3], "strides": [2], "ceil_mode": 1}),
+        Example("MaxPool", ((1, 2, 9),), {"kernel_shape": [3], "pads": [1, 2]}, dtype=ir.DataType.INT8),
+        Example("MaxPool", ((2, 1, 9, 10),), {"kernel_shape": [3, 2], "auto_pad": "SAME_LOWER"}, outputs=2),
     )
 
     @classmethod
@@ -114,12 +117,13 @@ class MaxPool(Pool):
         borders = [plan_border(w, h, o, limit=w.kernel // 2)
                    for w, h, o in zip(self.windows, held, outs, strict=True)]
         data = pad_explicitly(call.tensor(0), borders, lowest(call.tensor(0).dtype))
+        kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]
+        padding, dilation = [b.kernel_pad for b in borders], [w.dilation for w in self.windows]
+        if len(outs) == 1 and not data.is_floating_point():  # max_pool1d knows no integers
+            flat = functional.max_pool2d(data.unsqueeze(2), [1, *kernel], [1, *stride], [0, *padding], [1, *dilation])
+            return (crop_outputs(flat.squeeze(2), borders, outs),)
         pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(outs) - 1]
-        result = pool(
-            data, [w.kernel for w in self.windows], stride=[w.stride for w in self.windows],
-            padding=[b.kernel_pad for b in borders], dilation=[w.dilation for w in self.windows],
-        )
-        return (crop_outputs(result, borders, outs),)
+        return (crop_outputs(pool(data, kernel, stride, padding, dilation), borders, outs),)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:

@@ -210,6 +210,8 @@ def _refuse_unknown(view: NodeView) -> None:
         raise Unsupported("its coordinate_transformation_mode is unknown; correct the file")
     if view.text("nearest_mode", "round_prefer_floor") not in _NEAREST_MODES:
         raise Unsupported("its nearest_mode is unknown; correct the file")
+    if mode == "linear" and not view.input(0).dtype.is_floating_point():
+        raise Unsupported("linear interpolation of integers rounds as each runtime likes; cast to float first")
     if view.int("antialias", 0):
         raise Unsupported("antialiased interpolation has no sharded rule; export without antialias")
 
