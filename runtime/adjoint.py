@@ -86,7 +86,7 @@ def all_reduce_adjoint(transport: Transport, sides: Sequence[AllReduceSide]) -> 
     kinds = sorted({side.action.kind for side in sides} - {"sum"})
     if kinds:
         raise ValueError(f"an all-reduce of kind {', '.join(kinds)} is not linear and has no adjoint; use sums")
-    found = [[t.contiguous() for t in side.targets] for side in sides]
+    found = [[t.clone(memory_format=torch.contiguous_format) for t in side.targets] for side in sides]
     for stage in reversed(range(len(sides[0].action.groups))):
         found = _sum_stage(transport, sides, found, stage)
     return found

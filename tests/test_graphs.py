@@ -9,11 +9,14 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 
+from partitioner import dialect
+from partitioner.loader import load_model
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.split_reductions import SplitReductions
+from tests.builder import Style
 from tests.oracle import as_double, close, compile_plan, error, ort_bits, run_lockstep, run_ort
-from tests.strategies import Network, Style, networks
+from tests.strategies import Network, networks
 
 MANY = int(os.environ.get("PARTITIONER_GRAPHS", "3000"))
 """How many graphs the slow suite draws, per test."""
@@ -28,7 +31,7 @@ def check_float64(network: Network) -> None:
     note(str(network))
     inputs = {name: array.astype(np.float64) for name, array in network.inputs.items()}
     plan = compile_plan(as_double(network.model), network.mesh, network.cuts, storage=network.storage)
-    found = run_lockstep(plan, inputs).outputs
+    found = run_lockstep(load_model(ir.to_proto(plan)), inputs).outputs  # from what the file holds, nothing else
     for name, expected in network.expected.items():
         assert close(found[name], expected, 1e-12), f"{name}: error {error(found[name], expected)}"
 
@@ -63,22 +66,30 @@ def check_integers(network: Network) -> None:
         assert np.array_equal(found[name], runtime[name]), name
 
 
-@settings(quick, max_examples=350)
-@given(networks())
+@settings(quick, max_examples=500)
+@given(networks(Style()))
 def test_graphs_in_float64(network: Network) -> None:
     check_float64(network)
 
 
-@settings(quick, max_examples=100)
+@settings(quick, max_examples=200)
 @given(networks(Style(runtime=True, steps=5)))
 def test_graphs_in_float32(network: Network) -> None:
     check_float32(network)
 
 
-@settings(quick, max_examples=120)
+@settings(quick, max_examples=200)
 @given(networks(Style(integers=True, runtime=True, steps=5)))
 def test_graphs_of_integers(network: Network) -> None:
     check_integers(network)
+
+
+@settings(quick, max_examples=150)
+@given(networks(Style(convolutional=True)))
+def test_nothing_is_gathered_in_a_fully_convolutional_network(network: Network) -> None:
+    check_float64(network)
+    plan = compile_plan(network.model, network.mesh, network.cuts)
+    assert [n.name for n in plan.graph if n.op_type == dialect.RESHARD] == []
 
 
 @pytest.mark.slow
