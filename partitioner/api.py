@@ -317,7 +317,8 @@ class Session:
         shapes = {name: tuple(int(n) for n in array.shape) for name, array in inputs.items()}
         key = _key(shapes)
         if key not in self._plans:
-            self._plans[key] = self._first.with_shapes(shapes)
+            is_first = key == _key(self._first.input_shapes)
+            self._plans[key] = self._first if is_first else self._first.with_shapes(shapes)
         self._plans.move_to_end(key)
         while len(self._plans) > KEPT_PLANS:
             self._plans.popitem(last=False)

@@ -15,7 +15,7 @@ from partitioner.errors import ExecutionError, PartitionError
 from partitioner.signals import Ended, orderly_end
 
 if TYPE_CHECKING:
-    from partitioner.api import Progress
+    from partitioner.api import Backend, Progress
     from partitioner.files import FileRun
     from runtime.group import Place
     from runtime.session import RunReport
@@ -186,12 +186,25 @@ def _run(options: argparse.Namespace) -> int:
 
 def _join(options: argparse.Namespace, place: Place) -> int:
     """One rank of a group; whatever is wrong on one rank, all ranks learn before the work starts."""
-    from partitioner.options import file_run
     from runtime import group
 
     backend = options.backend or ("nccl" if options.device.startswith("cuda") else "gloo")
     group.check_backend(backend, options.device, 1)
     group.join(place, backend)
+    try:
+        job, report = _work(options, backend, place)
+    finally:
+        group.leave()
+    if report is not None:
+        _report_run(options, job, report)
+    return 0
+
+
+def _work(options: argparse.Namespace, backend: Backend, place: Place) -> tuple[FileRun, RunReport | None]:
+    """The run itself, in a group that has been joined."""
+    from partitioner.options import file_run
+    from runtime import group
+
     job: FileRun | None = None
     problem: str | None = None
     try:
@@ -201,11 +214,7 @@ def _join(options: argparse.Namespace, place: Place) -> int:
     group.agree(problem)
     assert job is not None
     with _progress(options, place.rank == 0) as progress:
-        report = job.join(place, progress)
-    group.leave()
-    if report is not None:
-        _report_run(options, job, report)
-    return 0
+        return job, job.join(place, progress)
 
 
 def _report_run(options: argparse.Namespace, job: FileRun, report: RunReport) -> None:

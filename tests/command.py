@@ -159,3 +159,12 @@ def convolution(shape: Sequence[int | str] = SHAPE, dtype: int = FLOAT) -> onnx.
 def volume(shape: Sequence[int] = SHAPE, seed: int = 0, dtype: Any = np.float32) -> Array:
     """Random data."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def many_convolutions(shape: tuple[int, ...], count: int = 240) -> onnx.ModelProto:
+    """Convolutions one after the other: a run of some seconds."""
+    random = np.random.default_rng(0)
+    weights = {f"w{i}": random.standard_normal((2, 2, 3, 3, 3)).astype(np.float32) / 6 for i in range(count)}
+    nodes = [onnx.helper.make_node("Conv", ["x" if i == 0 else f"c{i}", f"w{i}"], [f"c{i + 1}"], pads=[1] * 6)
+             for i in range(count)]
+    return model(nodes, [value("x", shape)], [value(f"c{count}", shape)], weights)
