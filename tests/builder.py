@@ -105,7 +105,7 @@ class Builder:
         cells = evaluate(node, self.opset, [
             g.cells if isinstance(g, Value)
             else None if g is None else g.astype(np.float64) if g.dtype.kind == "f" else g
-            for g in inputs])
+            for g in inputs])[0]
         if not self._is_worthy(cells):
             return False
         self.constants |= new

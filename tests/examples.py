@@ -63,15 +63,16 @@ def case_model(case: Case, weights_given: bool = False) -> tuple[onnx.ModelProto
            if array is not None and isinstance(example.inputs[i], tuple)
            and (i == 0 or weights_given or example.op_type not in WEIGHTED)}
     constants = {name: array for name, array in zip(names, arrays, strict=True) if name and name not in fed}
-    outputs = ["y", *(f"unused{i}" for i in range(1, example.outputs))]
+    outputs = ["y", *(f"y{i}" for i in range(1, example.outputs))]
     node = helper.make_node(example.op_type, names, outputs, "node", domain=case.domain, **example.attributes)
-    result = evaluate(node, example.opset, arrays)
-    return one_graph([node], fed, constants, {"y": (_output_type(node, result, arrays), result.shape)},
-                     example.opset), fed
+    results = evaluate(node, example.opset, arrays)[: example.checked]
+    described = {name: (_output_type(node, result, arrays), result.shape)
+                 for name, result in zip(outputs, results, strict=False)}
+    return one_graph([node], fed, constants, described, example.opset, case.domain), fed
 
 
 def one_graph(nodes: list[onnx.NodeProto], inputs: Mapping[str, Array], constants: Mapping[str, Array],
-              outputs: Mapping[str, tuple[int, tuple[int, ...]]], opset: int) -> onnx.ModelProto:
+              outputs: Mapping[str, tuple[int, tuple[int, ...]]], opset: int, domain: str = "") -> onnx.ModelProto:
     """A model from nodes and arrays."""
     graph = helper.make_graph(
         nodes, "graph",
@@ -79,7 +80,8 @@ def one_graph(nodes: list[onnx.NodeProto], inputs: Mapping[str, Array], constant
          for n, a in inputs.items()],
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in outputs.items()],
         [numpy_helper.from_array(np.ascontiguousarray(a).reshape(a.shape), n) for n, a in constants.items()])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8 if opset < 24 else 12)
+    imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 24 else 12)
 
 
 def _output_type(node: onnx.NodeProto, result: Array, arrays: list[Array | None]) -> int:

@@ -204,6 +204,7 @@ class Example:
         inputs: per input a shape (random data) or an array (a constant), or None (not given).
         opset: the opset that the node is written in.
         outputs: how many outputs the node has.
+        checked: how many of them leave the graph; the others are not used.
         between: the range of random floating-point data.
         dtype: the element type of random data; float32 stands for any floating-point type.
     """
@@ -213,6 +214,7 @@ class Example:
     attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     opset: int = 18
     outputs: int = 1
+    checked: int = 1
     between: tuple[float, float] = (-2.0, 2.0)
     dtype: ir.DataType = ir.DataType.FLOAT
 
