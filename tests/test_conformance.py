@@ -75,7 +75,8 @@ def check_float64(case: Case, weights_given: bool) -> None:
     for mesh, cuts in layouts(case, next(iter(inputs.values())).shape):
         found = run_lockstep(compile_plan(model, mesh, cuts), inputs).outputs
         for name in expected:
-            assert close(found[name], expected[name], 1e-12), f"{mesh} {cuts}: error {error(found[name], expected[name])}"
+            mine, exact = found[name], expected[name]
+            assert close(mine, exact, 1e-12), f"{mesh} {cuts}: error {error(mine, exact)}"
 
 
 @by_name
