@@ -191,7 +191,8 @@ def assign_new(node: ir.Node) -> None:
         axes: list[AxisLayout | None] = [None] * len(shape)
         for source, axis, need in _needs(node, output):
             split = dialect.get_layout(source).axes[axis]
-            if need.axis is None or split is None or split.cuts is None:
+            taken = {a.mesh_axis for a in axes if a is not None}
+            if need.axis is None or split is None or split.cuts is None or split.mesh_axis in taken:
                 continue
             axes[need.axis] = axes[need.axis] or AxisLayout.from_cuts(
                 split.mesh_axis, follow_cuts(split.cuts, need.map))

@@ -11,7 +11,7 @@ from partitioner.exchange import plan_exchange
 from partitioner.geometry import covers, span
 from partitioner.layout import Layout
 from partitioner.ops.base import Unsupported
-from partitioner.ops.nodes import data_needs, operator_of, tensor_type
+from partitioner.ops.nodes import data_needs, operator_of, reduction_splits, tensor_type
 from passes.base import Check
 
 
@@ -85,20 +85,15 @@ def holds(have: Layout, want: Layout) -> bool:
 
 def _agree(model: ir.Model) -> Iterator[str]:
     for node in compute_nodes(model):
-        if _reduces_sharded(node):
-            continue
-        for _, value, want in data_needs(node):
+        for _, value, want in data_needs(node, split=True):
             if not same_mesh_axes(dialect.get_layout(value), want):
                 yield f"{node.name} needs {value.name} as {want}, it is {dialect.get_layout(value)}"
 
 
 def sharded_reduction(node: ir.Node) -> tuple[str, ...]:
-    """Mesh axes that split the axes over which a node reduces; none when it is whole or already partial."""
-    reduction = operator_of(node).reduction
-    if reduction is None or node.inputs[0] is None:
-        return ()
-    splits = [dialect.get_layout(node.inputs[0]).axes[a] for a in reduction.axes]
-    return tuple(s.mesh_axis for s in splits if s is not None)
+    """Mesh axes that split the axes over which a node reduces; none when each rank has them whole."""
+    splits = reduction_splits(node).values()
+    return tuple(dict.fromkeys(shards.mesh_axis for axes in splits for shards in axes.values()))
 
 
 def _reduces_sharded(node: ir.Node) -> bool:

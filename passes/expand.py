@@ -183,7 +183,7 @@ class _Expansion:
         names: list[str | None] = []
         boxes: list[Box | None] = []
         for index, value in enumerate(node.inputs):
-            box = None if value is None else input_box(node, index, outs, self._box(value, rank))
+            box = None if value is None else input_box(node, index, outs, self.places[rank])
             boxes.append(box)
             names.append(self._read(value, rank, box) if value is not None and box and all(outs) else None)
         if not all(outs) or (dialect.get_partial(node) and not boxes[0]):

@@ -5,7 +5,8 @@
     y = Flatten(x)                            r = Reshard(x)    [1, 8, 5]      gathered: shown in the plan
                                               y = Flatten(r)
 
-Reductions over sharded axes are left alone: they are split into partial results instead.
+Reductions over sharded axes are left alone (they are split into partial results instead); of inputs that are
+contracted, the others follow the first one that is sharded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from partitioner import dialect
 from partitioner.layout import AxisLayout, Layout, even_cuts
 from partitioner.ops.nodes import data_needs
 from passes.base import Check, Pass
-from passes.checks import AGREE, COVER, KNOWN, LAID_OUT, compute_nodes, same_mesh_axes, sharded_reduction
+from passes.checks import AGREE, COVER, KNOWN, LAID_OUT, compute_nodes, same_mesh_axes
 from passes.rewrite import Namer
 
 
@@ -34,9 +35,7 @@ class InsertReshards(Pass):
     def apply(self, model: ir.Model) -> None:
         namer = Namer(model.graph)
         for node in list(compute_nodes(model)):
-            for index, value, want in list(data_needs(node)):
-                if index == 0 and sharded_reduction(node):
-                    continue
+            for index, value, want in list(data_needs(node, split=True)):
                 if same_mesh_axes(dialect.get_layout(value), want):
                     continue
                 target = _disjoint(dialect.get_layout(value), want)

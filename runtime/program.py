@@ -201,8 +201,7 @@ class _Localiser:
         outs = tuple(dialect.get_layout(v).box(self.here) for v in node.outputs)
         reads: list[Window | None] = []
         for index, value in enumerate(node.inputs):
-            owned = None if value is None else dialect.get_layout(value).box(self.here)
-            box = None if owned is None else input_box(node, index, outs, owned)
+            box = None if value is None else input_box(node, index, outs, self.here)
             reads.append(None if box is None or value is None else self._window(value, box))
         writes = tuple(self._window(v) for v in node.outputs)
         return Compute(str(node.name), operator_of(node), tuple(reads), writes)

@@ -172,7 +172,7 @@ def read_case(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> tuple[Op
     tensors: list[torch.Tensor | None] = []
     boxes: list[Box | None] = []
     for index, value in enumerate(node.inputs):
-        box = None if value is None else input_box(node, index, outs, Box.whole(dialect.shape_of(value)))
+        box = None if value is None else input_box(node, index, outs, {})
         boxes.append(box)
         if box is None or value is None:
             tensors.append(None)

@@ -221,9 +221,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What makes an operator a reduction: it is `partial + AllReduce + finish` over `axes` of input 0."""
+    """What makes an operator a reduction: it is `partial + AllReduce + finish` over some axes of its inputs.
 
-    axes: tuple[int, ...]
+    Args:
+        axes: axes of input 0 alone.
+        contracted: axes that several inputs have in common; per input its axis, or None.
+    """
+
+    axes: tuple[int, ...] = ()
+    contracted: tuple[tuple[int | None, ...], ...] = ()
+
+    @property
+    def dimensions(self) -> tuple[tuple[int | None, ...], ...]:
+        """Every dimension reduced over: per input its axis, or None."""
+        return (*((axis,) for axis in self.axes), *self.contracted)
 
 
 class Decomposer(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -88,17 +88,62 @@ def separable_axes(node: ir.Node, output: int) -> frozenset[int]:
     return frozenset(need.axis for needs in given for need in needs if need.axis is not None)
 
 
-def data_needs(node: ir.Node) -> Iterator[tuple[int, ir.Value, Layout]]:
-    """(index, value, what every rank needs of it) for the inputs that are no constants."""
+def data_needs(node: ir.Node, split: bool = False) -> Iterator[tuple[int, ir.Value, Layout]]:
+    """(index, value, what every rank needs of it) for the inputs that are no constants.
+
+    Args:
+        split: take a reduction over sharded axes for the partial results into which it will be split.
+    """
     for index, value in enumerate(node.inputs):
         if value is None or value.const_value is not None:
             continue
-        want = needed_layout(node, index)
+        want = needed_layout(node, index, split)
         if want is not None:
             yield index, value, want
 
 
-def needed_layout(node: ir.Node, index: int) -> Layout | None:
+def reduction_splits(node: ir.Node) -> dict[int, dict[int, AxisLayout]]:
+    """The sharded axes over which a node reduces: per input, axis -> its shards; {} when it reduces over none.
+
+    Of inputs that have a dimension in common, the first one that is sharded along it decides.  A contracted
+    dimension stays whole when its mesh axis splits the result.
+    """
+    reduction = operator_of(node).reduction
+    found: dict[int, dict[int, AxisLayout]] = {}
+    if reduction is None:
+        return found
+    taken = {axis for value in node.outputs if dialect.has_layout(value)
+             for axis in dialect.get_layout(value).mesh_axes}
+    for dimension in reduction.dimensions:
+        split = _deciding_split(node, dimension)
+        if split is None or (split.mesh_axis in taken and not _is_kept(node, dimension)):
+            continue
+        taken.add(split.mesh_axis)
+        for index, axis in enumerate(dimension):
+            if axis is not None:
+                found.setdefault(index, {})[axis] = split
+    return found
+
+
+def _is_kept(node: ir.Node, dimension: tuple[int | None, ...]) -> bool:
+    """Whether a dimension is reduced over for statistics only and is still there in a result."""
+    axis = dimension[0]
+    if len(dimension) > 1 or axis is None:
+        return False
+    needs = [needs_of(node, output)[0] for output in range(len(operator_of(node).outputs))]
+    return any(need is not None and need[axis].axis is not None for need in needs)
+
+
+def _deciding_split(node: ir.Node, dimension: tuple[int | None, ...]) -> AxisLayout | None:
+    for value, axis in zip(node.inputs, dimension, strict=False):
+        if value is not None and axis is not None and value.const_value is None:
+            split = dialect.get_layout(value).axes[axis]
+            if split is not None:
+                return split
+    return None
+
+
+def needed_layout(node: ir.Node, index: int, split: bool = False) -> Layout | None:
     """What every rank needs of an input for its own part of the node's outputs; None for a consumed input.
 
     For the local part of a reduction, the reduced axes are needed as they are owned.
@@ -107,25 +152,24 @@ def needed_layout(node: ir.Node, index: int) -> Layout | None:
     if value is None:
         return None
     outs = [dialect.get_layout(v) for v in node.outputs[: len(operator_of(node).outputs)]]
-    owned, partial = dialect.get_layout(value), dialect.get_partial(node)
-    cache: dict[int, tuple[list[Layout], Layout, tuple[str, ...], Layout | None]]
+    ins = [None if v is None else dialect.get_layout(v) for v in node.inputs]
+    partial = split or bool(dialect.get_partial(node))
+    cache: dict[tuple[int, bool], tuple[list[Layout | None], Layout | None]]
     cache = node.meta.setdefault(_NEEDED, {})
-    if index in cache and _same(cache[index][:3], outs, owned, partial):
-        return cache[index][3]
+    key, state = (index, partial), [*outs, *ins]
+    if key in cache and _same(cache[key][0], state):
+        return cache[key][1]
     found = _needed_layout(node, index, value, outs)
     if found is not None and partial:
-        reduction = operator_of(node).reduction
-        assert reduction is not None
-        for axis in reduction.axes:
-            found = found.with_axis(axis, owned.axes[axis])
-    cache[index] = (outs, owned, partial, found)
+        for axis, shards in reduction_splits(node).get(index, {}).items():
+            found = found.with_axis(axis, shards)
+    cache[key] = (state, found)
     return found
 
 
-def _same(known: tuple[list[Layout], Layout, tuple[str, ...]], outs: list[Layout], owned: Layout,
-          partial: tuple[str, ...]) -> bool:
+def _same(known: Sequence[Layout | None], state: Sequence[Layout | None]) -> bool:
     """Whether a cached answer was found from the very same layouts."""
-    return all(a is b for a, b in zip(known[0], outs, strict=True)) and known[1] is owned and known[2] == partial
+    return len(known) == len(state) and all(a is b for a, b in zip(known, state, strict=True))
 
 
 def _needed_layout(node: ir.Node, index: int, value: ir.Value, outs: list[Layout]) -> Layout | None:
@@ -160,9 +204,12 @@ def _union(left: Layout, right: Layout) -> Layout:
     return Layout(left.shape, tuple(axes))
 
 
-def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], owned: Box) -> Box | None:
-    """The cells of an input that local output boxes need; the reduced axes of a partial as they are owned."""
-    operator = operator_of(node)
+def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], here: Mapping[str, int]) -> Box | None:
+    """The cells of an input that local output boxes need; the reduced axes of a partial as they are owned.
+
+    Args:
+        here: the rank's coordinates in the mesh.
+    """
     found: list[Box] = []
     for output, out in enumerate(outs):
         needs = needs_of(node, output)[index]
@@ -173,6 +220,7 @@ def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], owned: Box) -> B
     box = max(found, key=lambda b: b.size)
     if not dialect.get_partial(node):
         return box
-    assert operator.reduction is not None
-    axes = [owned.axes[a] if a in operator.reduction.axes else part for a, part in enumerate(box.axes)]
+    axes = list(box.axes)
+    for axis, split in reduction_splits(node).get(index, {}).items():
+        axes[axis] = split.parts[here[split.mesh_axis]]
     return Box(tuple(axes))

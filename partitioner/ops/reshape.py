@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from partitioner.geometry import Box
-from partitioner.maps import identity
+from partitioner.maps import AxisMap, Flat, identity
 from partitioner.ops.base import (
     Call,
     Example,
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Reshape(Operator):
-    """The same elements in other extents; axes that keep their extent keep their shards.
+    """The same elements in other extents; shards follow the leading axes of what is merged or split.
 
+    (N, C*r*r, H, W) -> (N, C, r, r, H, W) and (N, C, H, r, W, r) -> (N, C, H*r, W*r), window partitions,
+    flattened space: all are runs of flat cells.
     Source: ONNX Reshape (5 to 25), Flatten (1 to 25), Squeeze and Unsqueeze (1, 11, 13, 21 to 25).
     """
 
@@ -47,9 +49,19 @@ class Reshape(Operator):
         Example("Squeeze", ((2, 1, 7, 1), np.array([1, -1], np.int64))),
         Example("Unsqueeze", ((2, 7), np.array([0, 3], np.int64))),
         Example("Squeeze", ((2, 1, 7),), {"axes": [1]}, opset=11),
+        Example("Squeeze", ((2, 1, 7, 1),), opset=11),
+        Example("Unsqueeze", ((2, 3, 7),), {"axes": [0, -1]}, opset=11),
+        Example("Reshape", ((2, 3, 5, 2, 4), np.array([2, 3, 10, 4], np.int64))),
+        Example("Reshape", ((2, 3, 10, 4), np.array([2, 3, 5, 2, 4], np.int64))),
+        Example("Reshape", ((1, 2, 6, 4), np.array([1, 2, 8, 3], np.int64))),
+        Example("Reshape", ((2, 3, 5, 7), np.array([2, 3, -1], np.int64))),
+        Example("Reshape", ((2, 3, 35), np.array([2, 3, 7, 5], np.int64))),
+        Example("Reshape", ((2, 1, 7, 5), np.array([0, 0, 1, 7, 1, 5, 1], np.int64))),
+        Example("Reshape", ((1, 3, 7, 5, 2), np.array([3, 70], np.int64))),
+        Example("Reshape", ((1, 1, 7), np.array([7], np.int64))),
     )
 
-    needs_in: tuple[Need, ...]
+    groups: tuple[Group, ...]
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -58,21 +70,90 @@ class Reshape(Operator):
         if math.prod(target) != math.prod(data.shape):
             raise WrongExtents(f"extents {list(data.shape)} do not become {list(target)}; the network cannot take "
                               "this volume's extents")
-        return cls(view.inputs, (TensorType(target, data.dtype),), _reshape_needs(data.shape, target))
+        return cls(view.inputs, (TensorType(target, data.dtype),), find_groups(data.shape, target))
 
     def needs(self, output: int = 0) -> Needs:
-        return (self.needs_in, *(None for _ in self.inputs[1:]))
+        data = self.inputs[0]
+        assert data is not None
+        needs = list(whole(data.shape))
+        for group in self.groups:
+            if group.source is not None and group.target is not None:
+                needs[group.source] = Need(group.target, group.map)
+        return (tuple(needs), *(None for _ in self.inputs[1:]))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        return (call.tensor(0).contiguous().reshape(call.outs[0].shape),)
+        held, out = call.box(0), call.outs[0]
+        result = call.tensor(0).contiguous().reshape([g.held(held) for g in self.groups])
+        for axis, group in enumerate(self.groups):
+            start, stop = group.wanted(held, out)
+            if (start, stop) != (0, result.shape[axis]):
+                result = result.narrow(axis, start, stop - start)
+        return (result.reshape(out.shape),)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
-        assert names[0] is not None
-        return (emitter.reshape(names[0], outs[0].shape),)
+        name, held, out = names[0], boxes[0], outs[0]
+        assert name is not None and held is not None
+        spans = {axis: group.wanted(held, out) for axis, group in enumerate(self.groups)
+                 if group.wanted(held, out) != (0, group.held(held))}
+        if spans:
+            name = emitter.crop(emitter.reshape(name, [g.held(held) for g in self.groups]), spans)
+        return (emitter.reshape(name, out.shape),)
 
     def flops(self, out: float) -> float:
         return 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive axes of the input and of the output that hold the same cells in the same order.
+
+    Only the leading axis of each side (the first that has more than one cell) can be cut: the cells of a
+    shard are then a run of the flattened group.
+
+    Args:
+        ins, outs: the axes; maybe none on one side, where all extents are 1.
+        source, target: the leading axis of either side, None where no axis has more than one cell.
+        map: from the target's cells to the source's.
+        inner_in, inner_out: cells per cell of the leading axes.
+    """
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    source: int | None
+    target: int | None
+    map: AxisMap
+    inner_in: int
+    inner_out: int
+
+    def held(self, box: Box) -> int:
+        """Flat cells of the group in an input box."""
+        return math.prod(box.shape[a] for a in self.ins)
+
+    def wanted(self, held: Box, out: Box) -> tuple[int, int]:
+        """First and last flat cell of the output, counted from the first held one."""
+        if self.source is None or self.target is None:
+            return 0, math.prod(out.shape[a] for a in self.outs)
+        first = held.intervals()[self.source].start * self.inner_in
+        wanted = out.intervals()[self.target]
+        return wanted.start * self.inner_out - first, wanted.stop * self.inner_out - first
+
+
+def find_groups(shape: tuple[int, ...], target: tuple[int, ...]) -> tuple[Group, ...]:
+    """The groups of a reshape, as few axes in each as possible."""
+    return tuple(_group(shape, target, ins, outs) for ins, outs in _runs(shape, target))
+
+
+def _group(shape: tuple[int, ...], target: tuple[int, ...], ins: Sequence[int], outs: Sequence[int]) -> Group:
+    large_in, large_out = [a for a in ins if shape[a] != 1], [a for a in outs if target[a] != 1]
+    if not large_in or not large_out:
+        return Group(tuple(ins), tuple(outs), None, None, identity(1), 1, 1)
+    source, goal = large_in[0], large_out[0]
+    inner_in = math.prod(shape[a] for a in large_in[1:])
+    inner_out = math.prod(target[a] for a in large_out[1:])
+    same = len(large_in) == len(large_out) == 1
+    axis_map = identity(shape[source]) if same else Flat(shape[source], target[goal], inner_in, inner_out)
+    return Group(tuple(ins), tuple(outs), source, goal, axis_map, inner_in, inner_out)
 
 
 def _reshape_target(view: NodeView, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -115,34 +196,28 @@ _TARGETS: dict[str, Any] = {
 }
 
 
-def _reshape_needs(shape: tuple[int, ...], target: tuple[int, ...]) -> tuple[Need, ...]:
-    """Axes pair up where the products of the extents before them agree; the others are needed whole."""
-    needs = list(whole(shape))
-    for ins, outs in _groups(shape, target):
-        large_in = [a for a in ins if shape[a] != 1]
-        large_out = [a for a in outs if target[a] != 1]
-        if len(large_in) == 1 and len(large_out) == 1:
-            needs[large_in[0]] = Need(large_out[0], identity(shape[large_in[0]]))
-    return tuple(needs)
-
-
-def _groups(shape: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Consecutive axes of both sides with equal products, as few axes per group as possible."""
-    groups: list[tuple[list[int], list[int]]] = []
+def _runs(shape: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Consecutive axes of both sides with equal products; axes of one cell at the end join the last run."""
+    runs: list[tuple[list[int], list[int]]] = []
     left, right = list(range(len(shape))), list(range(len(target)))
+    if 0 in shape:
+        return [(left, right)]
     while left and right:
         ins, outs = [left.pop(0)], [right.pop(0)]
         a, b = shape[ins[0]], target[outs[0]]
-        while a != b and (left or right):
-            grow_left = bool(left) and (a < b or not right)
-            if grow_left:
+        while a != b:
+            if a < b:
                 ins.append(left.pop(0))
                 a *= shape[ins[-1]]
             else:
                 outs.append(right.pop(0))
                 b *= target[outs[-1]]
-        groups.append((ins, outs))
-    return groups
+        runs.append((ins, outs))
+    if not runs:
+        return [(left, right)]
+    runs[-1][0].extend(left)
+    runs[-1][1].extend(right)
+    return runs
 
 
 @register
