@@ -176,6 +176,29 @@ class TransposedWindow(AxisMap):
 
 
 @dataclass(frozen=True)
+class Flat(AxisMap):
+    """The leading axes of two groups of axes that hold the same cells in the same order: a reshape.
+
+    Input cell i stands for the flat cells [i*inner_in, (i+1)*inner_in), output cell i for as many of `inner_out`.
+    out [a, b)  ->  in [floor(a*inner_out / inner_in), ceil(b*inner_out / inner_in))
+    """
+
+    inner_in: int
+    inner_out: int
+
+    def _needed(self, out: Interval) -> Pieces:
+        first = out.start * self.inner_out // self.inner_in
+        return span(first, min(self.n_in, ceil_div(out.stop * self.inner_out, self.inner_in)))
+
+    def _follow(self, cut: int) -> int:
+        return (cut * self.inner_in + self.inner_out // 2) // self.inner_out
+
+    @property
+    def is_identity(self) -> bool:
+        return self.inner_in == self.inner_out
+
+
+@dataclass(frozen=True)
 class Taps(AxisMap):
     """Output cell i needs the input cells `rows[i]`: resize, mirrored or wrapped padding, strided slices."""
 
@@ -194,6 +217,36 @@ class Taps(AxisMap):
 
     def _follow(self, cut: int) -> int:
         return sum(1 for row in self.rows if row and row[0] + row[-1] < 2 * cut)
+
+
+@dataclass(frozen=True)
+class Prefix(AxisMap):
+    """Output cell i needs the input cells up to i: running sums."""
+
+    def _needed(self, out: Interval) -> Pieces:
+        return span(0, min(out.stop, self.n_in))
+
+    def _follow(self, cut: int) -> int:
+        return cut
+
+    @property
+    def corresponds(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Suffix(AxisMap):
+    """Output cell i needs the input cells from i on: running sums from the end."""
+
+    def _needed(self, out: Interval) -> Pieces:
+        return span(out.start, self.n_in)
+
+    def _follow(self, cut: int) -> int:
+        return cut
+
+    @property
+    def corresponds(self) -> bool:
+        return True
 
 
 def identity(extent: int) -> Identity:
