@@ -1,4 +1,7 @@
-"""`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite; `list` names the suites."""
+"""`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite; `list` names the suites.
+
+`conformance` runs the onnx package's own node tests partitioned.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,18 @@ def _demo(options: argparse.Namespace) -> int:
     return run_demo(demo, Console())
 
 
+def _conformance(options: argparse.Namespace) -> int:
+    from benchmarks.conformance import Options, run_conformance
+
+    chosen = Options(
+        text=options.filter,
+        jobs=_at_least(1, "--jobs", options.jobs),
+        timeout=options.timeout,
+        output=options.json,
+    )
+    return run_conformance(chosen, Console())
+
+
 def _at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise UsageError(f"{name} {value}: at least {least} is needed")
@@ -92,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--timeout", type=float, default=600, help="seconds until a step counts as stuck")
     run.add_argument("--output", type=Path, help="JSON file (default: benchmark-results/SUITE-TIME.json)")
     run.set_defaults(command=_run)
+
+    tests = commands.add_parser("conformance", help="onnx's own node tests of every operator, partitioned")
+    tests.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
+    tests.add_argument("--json", type=Path, metavar="FILE", help="write every case's result")
+    tests.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes side by side")
+    tests.add_argument("--timeout", type=float, default=120, help="seconds until a case counts as stuck")
+    tests.set_defaults(command=_conformance)
 
     shown = commands.add_parser("list", help="name suites, cases and sides")
     shown.set_defaults(command=_list)

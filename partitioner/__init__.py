@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from partitioner.api import Plan, Session, load, partition
     from partitioner.errors import ExecutionError, PartitionError
     from partitioner.mesh import Mesh
+    from partitioner.ops.plugins import load_operators
     from partitioner.verify import Verification
 
 __version__ = "0.1.0"
@@ -26,11 +27,13 @@ _HOMES = {
     "Session": "partitioner.api",
     "Verification": "partitioner.verify",
     "Mesh": "partitioner.mesh",
+    "load_operators": "partitioner.ops.plugins",
     "PartitionError": "partitioner.errors",
     "ExecutionError": "partitioner.errors",
 }
 
-__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "load", "partition"]
+__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "load", "load_operators",
+           "partition"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import onnx_ir as ir
 
 from partitioner import dialect, seal
+from partitioner.axes import named_axes
 from partitioner.compiler import compile_plan, plain_model
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
@@ -20,7 +21,7 @@ from partitioner.layout import Cuts
 from partitioner.loader import fault_of, load_file, load_model, save_model
 from partitioner.mesh import Mesh
 from partitioner.report import plan_dict, render, to_text
-from partitioner.shapes import axis_extents, with_nearest_shapes
+from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
     from runtime.session import Runner, RunReport
@@ -40,6 +41,7 @@ def partition(
     shapes: Mapping[str, Sequence[int]] | None = None,
     cuts: Mapping[str, Sequence[int]] | None = None,
     dump_dir: str | Path | None = None,
+    strict: bool = False,
 ) -> Plan:
     """Partition a model over a mesh of ranks.
 
@@ -50,6 +52,7 @@ def partition(
         shapes: extents per input; needed where the file leaves axes open.
         cuts: where shards begin, by mesh axis: `{"depth": (0, 50, 121)}`; even shards otherwise.
         dump_dir: folder for a numbered ONNX file after every pass.
+        strict: refuse operators without a sharded rule, which otherwise run replicated on gathered inputs.
 
     Raises:
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
@@ -57,7 +60,7 @@ def partition(
     source, found = _source(model, example)
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
-    return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir))
+    return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict)
 
 
 def load(path: str | Path) -> Plan:
@@ -122,20 +125,22 @@ class Plan:
         model: the graph; one node stands for all its shards.
     """
 
-    def __init__(self, model: ir.Model, source: ir.Model | None = None, cuts: Mapping[str, Cuts] | None = None) -> None:
+    def __init__(self, model: ir.Model, source: ir.Model | None = None, cuts: Mapping[str, Cuts] | None = None,
+                 strict: bool = False) -> None:
         self.model = model
         self._source = source
+        self._strict = strict
         self._cuts = dict(cuts or {})
 
     @classmethod
     def compile(cls, source: ir.Model, mesh: MeshLike, shapes: Mapping[str, Sequence[int]],
-                cuts: Mapping[str, Cuts], dump_dir: Path | None = None) -> Plan:
+                cuts: Mapping[str, Cuts], dump_dir: Path | None = None, strict: bool = False) -> Plan:
         """Run the standard passes on a copy of a model; see `partition`."""
         refuse_all(source_problems(source))
         found = parse_mesh(mesh, source)
         try:
             with with_nearest_shapes(source, shapes):
-                return cls(compile_plan(source, found, shapes, cuts, dump_dir), source, cuts)
+                return cls(compile_plan(source, found, shapes, cuts, dump_dir, strict), source, cuts, strict)
         except PartitionError:
             raise
         except Exception:
@@ -235,11 +240,11 @@ class Plan:
             raise PartitionError(
                 f"this plan is for inputs {_shapes_text(self.input_shapes)}, not {_shapes_text(shapes)}; "
                 "partition the model again for other extents")
-        before = {name: axis_extents(shape) for name, shape in self.input_shapes.items()}
-        after = {name: axis_extents(shapes.get(name, shape)) for name, shape in self.input_shapes.items()}
-        kept = {axis: cuts for axis, cuts in self._cuts.items()
-                if all(before[name].get(axis) == after[name].get(axis) for name in before)}
-        return Plan.compile(self._source, self.mesh, shapes, kept)
+        after = {**self.input_shapes, **shapes}
+        changed = {axis for name, axes in named_axes(self.model).items() for axis, place in axes.items()
+                   if self.input_shapes[name][place] != after[name][place]}
+        kept = {axis: cuts for axis, cuts in self._cuts.items() if axis not in changed}
+        return Plan.compile(self._source, self.mesh, shapes, kept, strict=self._strict)
 
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""

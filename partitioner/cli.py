@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with orderly_end():
+            _load_operators(options.operators)
             return options.action(options)
     except PartitionError as error:
         return _complain(error, 2) if _speaks_for_all() else 2
@@ -61,6 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = (str(error).strip().splitlines() or ["no reason given"])[0]
         return _complain(f"internal error: {type(error).__name__}: {line[:300]}; "
                          "set PARTITIONER_TRACEBACK=1 for the details and report it", 1)
+
+
+def _load_operators(names: Sequence[str]) -> None:
+    if names:
+        from partitioner.ops.plugins import load_operators
+
+        for name in names:
+            load_operators(name)
 
 
 def _speaks_for_all() -> bool:
@@ -120,6 +129,10 @@ def _model_options(parser: argparse.ArgumentParser, metavar: str, text: str) -> 
                         help="extents of an input (needed where the model leaves axes open)")
     parser.add_argument("--cuts", metavar="AXIS=P,P,...", action="append", default=[],
                         help="where shards begin along a mesh axis, e.g. depth=50 for shards 0-50 and 50-end")
+    parser.add_argument("--strict", action="store_true",
+                        help="refuse operators without a sharded rule (they run replicated otherwise, as the plan shows)")
+    parser.add_argument("--operators", metavar="FILE.py|MODULE", action="append", default=[],
+                        help="import your own operator classes (see docs/operators.md)")
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:

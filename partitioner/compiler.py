@@ -27,10 +27,10 @@ from passes.split_reductions import SplitReductions
 Shapes = Mapping[str, Sequence[int]]
 
 
-def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts]) -> Pipeline:
+def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False) -> Pipeline:
     """The passes that make a plan, in order."""
     return Pipeline((
-        Canonicalize(shapes),
+        Canonicalize(shapes, strict),
         AssignShards(mesh, cuts),
         InsertReshards(),
         SplitReductions(),
@@ -42,18 +42,19 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts]) -> P
 
 
 def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],
-                 dump_dir: Path | None = None) -> ir.Model:
+                 dump_dir: Path | None = None, strict: bool = False) -> ir.Model:
     """A plan of a model; the model itself stays as it is.
 
     Args:
         dump_dir: folder for a numbered ONNX file after every pass.
+        strict: refuse operators that have no sharded rule.
 
     Raises:
         PartitionError: when the model cannot be kept exact on this mesh with these extents.
     """
     model = source.clone()
     observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
-    return standard_pipeline(mesh, shapes, cuts).run(model, observers)
+    return standard_pipeline(mesh, shapes, cuts, strict).run(model, observers)
 
 
 def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:

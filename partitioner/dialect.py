@@ -7,10 +7,12 @@ plain arithmetic) in the global view, so that onnx.checker accepts a plan and on
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from partitioner.errors import PartitionError
@@ -26,6 +28,9 @@ ALL_REDUCE = "AllReduce"
 ALL_REDUCE_MOMENTS = "AllReduceMoments"
 MOMENTS = "Moments"
 NORMALIZE = "Normalize"
+
+REGION = "Region"
+"""Begins the names of functions that hold a node with subgraphs; a number follows."""
 
 EXCHANGES = frozenset({HALO_EXCHANGE, RESHARD})
 REDUCTIONS = frozenset({ALL_REDUCE, ALL_REDUCE_MOMENTS})
@@ -156,7 +161,7 @@ def new_exchange(op_type: str, value: ir.Value, target: Layout, name: str) -> ir
 
 
 def new_all_reduce(kind: str, values: Sequence[ir.Value], mesh_axes: Sequence[str], name: str) -> ir.Node:
-    """A merge of partial results (`sum`, `max`, `min`, `moments`) over mesh axes."""
+    """A merge of partial results (`sum`, `prod`, `max`, `min`, `moments`) over mesh axes."""
     op_type = ALL_REDUCE_MOMENTS if kind == "moments" else ALL_REDUCE
     attributes = {"op": kind, "mesh_axes": list(mesh_axes)}
     node = new_node(DOMAIN, op_type, list(values), attributes, len(values), name)
@@ -191,16 +196,66 @@ def new_node(domain: str, op_type: str, inputs: Sequence[ir.Value | None], attri
                    outputs=[ir.Value(name=n) for n in names], name=name)
 
 
+def is_region(node: ir.Node) -> bool:
+    """Whether the node stands for one with subgraphs (If, Loop, Scan)."""
+    return node.domain == DOMAIN and node.op_type.startswith(REGION)
+
+
+def new_region(node: ir.Node, captured: Sequence[ir.Value], number: int, opsets: Mapping[str, int],
+               extents: Sequence[tuple[int, ...] | None]) -> ir.Node:
+    """A node that takes what the subgraphs of `node` read from outside as inputs of its own.
+
+    Its function stands in its attribute `body` too, so that the node alone tells what it computes.
+
+    Args:
+        extents: of each output, where they are known though shape inference does not find them.
+    """
+    proto = ir.serde.serialize_node(node)
+    given = [v for v in node.inputs if v is not None]
+    inputs = list(dict.fromkeys([*given, *captured]))
+    op_type = f"{REGION}{number}"
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items() if domain != DOMAIN]
+    function = onnx.helper.make_function(DOMAIN, op_type, [str(v.name) for v in inputs],
+                                         [str(v.name) for v in node.outputs], [proto], imports, ["body", "extents"])
+    body = base64.b64encode(function.SerializeToString()).decode()
+    outputs = [ir.Value(name=v.name, shape=v.shape, type=v.type) for v in node.outputs]
+    told = ["?" if found is None else "x".join(map(str, found)) for found in extents]
+    attributes = [ir.AttrString("body", body), ir.AttrStrings("extents", told)]
+    return ir.Node(DOMAIN, op_type, inputs, attributes, outputs=outputs, name=node.name)
+
+
+def region_proto(node: ir.Node) -> onnx.FunctionProto:
+    """The function for which a region node stands."""
+    return onnx.FunctionProto.FromString(base64.b64decode(str(attributes_of(node)["body"])))
+
+
+def operator_name(node: ir.Node) -> str:
+    """An operator as the file has it: `Conv`, `com.acme.Own`, and for a region the node that it stands for."""
+    if is_region(node):
+        return region_proto(node).node[0].op_type
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def region_extents(node: ir.Node) -> list[tuple[int, ...] | None]:
+    """Of each output of a region, its extents where its maker knew them."""
+    told = attributes_of(node)["extents"]
+    return [None if text == "?" else tuple(int(n) for n in text.split("x") if n) for text in told]
+
+
 def declare(model: ir.Model) -> None:
     """Add the functions of the node types that a model uses, and the domain's version."""
-    used = {n.op_type for n in model.graph if n.domain == DOMAIN}
+    regions = {n.op_type: n for n in model.graph if is_region(n)}
+    used = {n.op_type for n in model.graph if n.domain == DOMAIN} - set(regions)
     opset = model.graph.opset_imports[""]
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     for op_type in sorted(used):
         function = _FUNCTIONS[op_type](op_type, opset)
         model.functions[function.identifier()] = function
-    if used or is_plan(model):
+    for node in regions.values():
+        function = ir.serde.deserialize_function(region_proto(node))
+        model.functions[function.identifier()] = function
+    if used or regions or is_plan(model):
         model.graph.opset_imports[DOMAIN] = VERSION
         model.ir_version = max(model.ir_version, 10)
 
@@ -239,13 +294,14 @@ def _moments(name: str, opset: int) -> ir.Function:
     # opsets before 9 know constants of floating point only
     number = _constant("value", ir.AttributeType.TENSOR, "count")
     count = ir.Node("", "Cast", [number.outputs[0]], [ir.AttrInt64("to", int(ir.DataType.INT64))])
-    mean = _reduce("ReduceMean", x, opset)
-    deviation = ir.Node("", "Sub", [x, mean[-1].outputs[0]])
+    wide = ir.Node("", "Cast", [x], [ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
+    mean = _reduce("ReduceMean", wide.outputs[0], opset)
+    deviation = ir.Node("", "Sub", [wide.outputs[0], mean[-1].outputs[0]])
     square = ir.Node("", "Mul", [deviation.outputs[0], deviation.outputs[0]])
     total = _reduce("ReduceSum", square.outputs[0], opset)
-    nodes = [number, count, *mean, deviation, square, *total]
+    nodes = [number, count, wide, *mean, deviation, square, *total]
     outputs = [count.outputs[0], mean[-1].outputs[0], total[-1].outputs[0]]
-    return _function(name, opset, [x], outputs, nodes, ["axes", "count"])
+    return _function(name, opset, [x], outputs, nodes, ["axes", "count", "dtype"])
 
 
 def _normalize(name: str, opset: int) -> ir.Function:
@@ -263,13 +319,18 @@ def _normalize(name: str, opset: int) -> ir.Function:
         axes = op("Constant", attributes=[ir.RefAttr("value_ints", "spatial", ir.AttributeType.INTS)])
         return op("Unsqueeze", vector, axes)
 
-    cells = op("Cast", count, attributes=[ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
+    def wide(value: ir.Value) -> ir.Value:
+        """In the type of the statistics."""
+        return op("Cast", value, attributes=[ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
+
+    cells = wide(count)
     epsilon = op("Constant", attributes=[ir.RefAttr("value", "epsilon", ir.AttributeType.TENSOR)])
     deviation = op("Sqrt", op("Add", op("Div", m2, cells), epsilon))
-    scaled = op("Mul", op("Div", op("Sub", x, mean), deviation), column(scale))
-    result = op("Add", scaled, column(bias))
+    scaled = op("Mul", op("Div", op("Sub", wide(x), mean), deviation), column(wide(scale)))
+    result = op("Cast", op("Add", scaled, column(wide(bias))),
+                attributes=[ir.RefAttr("to", "to", ir.AttributeType.INT)])
     inputs = [x, count, mean, m2, scale, bias]
-    return _function(name, opset, inputs, [result], nodes, ["dtype", "epsilon", "spatial"])
+    return _function(name, opset, inputs, [result], nodes, ["dtype", "epsilon", "spatial", "to"])
 
 
 _FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {

@@ -11,11 +11,12 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.api import Backend, Plan, check_plan
+from partitioner.axes import axis_extents, named_axes
 from partitioner.errors import PartitionError
 from partitioner.files import FileRun, check_sources, name_files, open_inputs
 from partitioner.loader import load_file
 from partitioner.mesh import AXIS_NAMES, Mesh
-from partitioner.shapes import axis_extents, spatial_rank
+from partitioner.shapes import spatial_rank
 
 
 def _shapes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -54,10 +55,10 @@ def load_plan(options: argparse.Namespace, file_shapes: dict[str, tuple[int, ...
     if dialect.is_plan(model):
         return _checked_plan(model, options, given)
     shapes = {**(file_shapes or {}), **given}
-    known = [dialect.shape_of(v) for v in values if v.shape is not None and v.shape.is_static()]
-    cuts = _cuts(options, axis_extents(max([*known, *shapes.values()], key=len, default=())))
+    known = {str(v.name): dialect.shape_of(v) for v in values if v.shape is not None and v.shape.is_static()}
+    cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
-    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump))
+    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict)
 
 
 def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str, tuple[int, ...]]) -> Plan:

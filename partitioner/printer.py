@@ -68,7 +68,8 @@ def _node(node: ir.Node) -> str:
     if dialect.is_all_reduce(node):
         kind, axes = dialect.all_reduce_kind(node)
         return f"{head} : {_types(node)}  {kind} over {', '.join(axes)}"
-    attributes = [f"{name}={_attribute(value)}" for name, value in sorted(dialect.attributes_of(node).items())]
+    given = {} if dialect.is_region(node) else dialect.attributes_of(node)
+    attributes = [f"{name}={_attribute(value)}" for name, value in sorted(given.items())]
     told = f" {{{', '.join(attributes)}}}" if attributes else ""
     partial = dialect.get_partial(node)
     return f"{head}{told} : {_types(node)}" + (f"  partial over {', '.join(partial)}" if partial else "")

@@ -15,6 +15,8 @@ from partitioner import dialect
 from partitioner.cost import PlanCost, StepCost, cells
 from partitioner.geometry import hull
 from partitioner.layout import AxisLayout, Layout
+from partitioner.ops.nodes import operator_of
+from partitioner.ops.opaque import Opaque
 
 MANY_RANKS = 16
 """Above this many ranks the tables show extremes instead of a row for each."""
@@ -48,6 +50,7 @@ def plan_dict(model: ir.Model, cost: PlanCost) -> dict[str, Any]:
             "flops": float(cost.flops.sum()),
         },
         "gathered": [str(s.node.name) for s in cost.steps if is_gather(s.node)],
+        "without_rule": [str(s.node.name) for s in cost.steps if is_fallback(s.node)],
         "replicated": [str(s.node.name) for s in cost.steps if replicated_axes(s.node, cost)],
     }
 
@@ -98,6 +101,11 @@ def is_gather(node: ir.Node) -> bool:
         return False
     before, after = dialect.get_layout(node.inputs[0]), dialect.get_layout(node.outputs[0])
     return bool(before.mesh_axes - after.mesh_axes)
+
+
+def is_fallback(node: ir.Node) -> bool:
+    """Whether a node has no rule and is computed on whole inputs by onnxruntime."""
+    return not dialect.is_communication(node) and isinstance(operator_of(node), Opaque)
 
 
 def replicated_axes(node: ir.Node, cost: PlanCost) -> tuple[str, ...]:
@@ -204,6 +212,8 @@ def _node_table(cost: PlanCost) -> Table:
             style = "cyan"
         if is_gather(node):
             halo, style = "GATHERED", "bold red"
+        elif is_fallback(node):
+            halo, style = "NO RULE: REPLICATED", "bold red"
         elif replicated_axes(node, cost):
             halo, style = f"REPLICATED over {','.join(replicated_axes(node, cost))}", "yellow"
         sent, messages = int(step.sent.sum()), int(step.messages.sum())
@@ -243,6 +253,10 @@ def _remarks(model: ir.Model, cost: PlanCost) -> list[Text]:
             lines.append(Text(f"GATHERED: {value.name if value else ''} for "
                               f"{', '.join(sorted({str(u.node.name) for u in step.node.outputs[0].uses()}))}, "
                               f"{size_text(int(step.sent.sum()))} on the wire", style="bold red"))
+        elif is_fallback(step.node):
+            lines.append(Text(f"NO RULE: {step.node.name} ({step.node.op_type}) runs whole on every rank, by onnxruntime; "
+                              f"{size_text(int(step.workspace.max(initial=0)))} there (--strict refuses it)",
+                              style="bold red"))
     return lines
 
 

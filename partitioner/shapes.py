@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from partitioner.errors import PartitionError, ShapeError
-from partitioner.mesh import spatial_names
 from passes.canonicalize import bind_inputs, infer_and_fold, prepare
 
 FARTHEST = 64
@@ -24,14 +23,6 @@ def spatial_rank(model: ir.Model) -> int:
     """Spatial axes of the volume: of the input with most axes."""
     ranks = [len(v.shape) for v in model.graph.inputs if v.shape is not None]
     return max(0, min(max(ranks, default=2) - 2, 3))
-
-
-def axis_extents(shape: Sequence[int]) -> dict[str, int]:
-    """Extents of the axes that a mesh can split, by their names: batch, and the spatial axes of a volume."""
-    if not shape:
-        return {}
-    names = spatial_names(len(shape) - 2) if 3 <= len(shape) <= 5 else ()
-    return {"batch": int(shape[0]), **{name: int(n) for name, n in zip(names, shape[2:], strict=False)}}
 
 
 @contextlib.contextmanager

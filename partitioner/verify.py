@@ -15,6 +15,7 @@ from partitioner import dialect
 from partitioner.api import Backend, Plan, Progress
 from partitioner.errors import PartitionError
 from partitioner.guards import is_tensor
+from partitioner.ops.opaque import DOMAINS
 from partitioner.reference import run_onnxruntime, with_exact_statistics
 from partitioner.report import size_text
 
@@ -151,6 +152,11 @@ def _references(plan: Plan, arrays: Mapping[str, Any]) -> Iterator[tuple[dict[st
     import onnxruntime
 
     model = plan.unpartitioned()
+    own = sorted({n.domain for n in model.graph} - {"", "ai.onnx", *DOMAINS} - {key[0] for key in model.functions})
+    if own:
+        single = Plan.compile(model, None, plan.input_shapes, {})
+        yield single.run(arrays), f"the model on one shard (onnxruntime does not know the operators of {', '.join(own)})"
+        return
     name = f"onnxruntime {onnxruntime.__version__}, unpartitioned"
     results = run_onnxruntime(model, arrays)
     if results is None:

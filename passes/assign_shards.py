@@ -21,9 +21,10 @@ import networkx as nx
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.axes import named_axes
 from partitioner.errors import refuse_all
 from partitioner.layout import AxisLayout, Cuts, Layout, even_cuts, follow_cuts
-from partitioner.mesh import Mesh, spatial_names
+from partitioner.mesh import Mesh
 from partitioner.ops.base import Need
 from partitioner.ops.nodes import needs_of, operator_of, separable_axes
 from passes.base import Check, Pass
@@ -78,15 +79,16 @@ def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[
     problems: list[str] = []
     seeds: dict[str, list[AxisLayout | None]] = {
         str(v.name): [None] * len(dialect.shape_of(v)) for v in model.graph.inputs}
+    named = named_axes(model)
     for name, count in mesh.axes:
         if count == 1:
             continue
         places = [(str(v.name), axis, dialect.shape_of(v)[axis]) for v in model.graph.inputs
-                  for axis, found in _named_axes(len(dialect.shape_of(v))) if found == name]
+                  for found, axis in named[str(v.name)].items() if found == name]
         if not places:
             ranks = ", ".join(f"{v.name} {list(dialect.shape_of(v))}" for v in model.graph.inputs)
             problems.append(f"mesh axis {name}={count}: no input has such an axis ({ranks}); "
-                            f"use the axes {', '.join(_all_names(model)) or 'of another model'}")
+                            f"use the axes {', '.join(_all_names(named)) or 'of another model'}")
         given = cuts.get(name)
         for value, axis, n in [p for p in places if p[2] >= count] or places:
             fits = given is not None and (given[-1:] == (n,) or all(given[-1:] != (m,) for _, _, m in places))
@@ -103,18 +105,8 @@ def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[
     return seeds
 
 
-def _named_axes(rank: int) -> list[tuple[int, str]]:
-    """Tensor axes that the mesh may split: batch first, then the spatial ones after the channel."""
-    if rank == 0:
-        return []
-    if rank < 3 or rank > 5:
-        return [(0, "batch")]
-    return [(0, "batch"), *((axis + 2, name) for axis, name in enumerate(spatial_names(rank - 2)))]
-
-
-def _all_names(model: ir.Model) -> list[str]:
-    names = {name for v in model.graph.inputs for _, name in _named_axes(len(dialect.shape_of(v)))}
-    return sorted(names)
+def _all_names(named: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return sorted({name for axes in named.values() for name in axes})
 
 
 def _cuts_problem(value: str, axis: int, n: int, name: str, shards: int, cuts: Cuts) -> str | None:

@@ -18,13 +18,15 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as library
 
+from partitioner import dialect
 from partitioner.errors import ShapeError, refuse_all
 from partitioner.ops.base import Unsupported, WrongExtents
 from partitioner.ops.nodes import forget, operator_of
-from partitioner.ops.registry import lookup
+from partitioner.ops.opaque import Opaque
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.fold import Folder
+from passes.unfold import hopeless, unfold
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -37,17 +39,19 @@ class Canonicalize(Pass):
 
     Args:
         shapes: extents per input name; inputs with static extents need none.
+        strict: refuse what has no sharded rule instead of running it replicated.
     """
 
     name: ClassVar[str] = "canonicalize"
     ensures: ClassVar[tuple[Check, ...]] = (STATIC, KNOWN)
 
     shapes: Shapes = field(default_factory=dict[str, Sequence[int]])
+    strict: bool = False
 
     def apply(self, model: ir.Model) -> None:
         prepare(model)
         bind_inputs(model, self.shapes)
-        problems = infer_and_fold(model)
+        problems = infer_and_fold(model, self.strict)
         if any(p.about_extents for p in problems):
             raise ShapeError("\n".join(p.text for p in problems))
         refuse_all([p.text for p in problems])
@@ -55,6 +59,7 @@ class Canonicalize(Pass):
         _spell_out(model)
         library.RemoveUnusedNodesPass()(model)
         _name_nodes(model.graph)
+        dialect.declare(model)
 
 
 def prepare(model: ir.Model) -> None:
@@ -99,6 +104,9 @@ def bind_inputs(model: ir.Model, shapes: Shapes) -> None:
     problems = [f"input '{name}' is unknown; the model has {', '.join(names)}" for name in shapes if name not in names]
     symbols: dict[str, int] = {}
     for value in model.graph.inputs:
+        if isinstance(value.type, ir.SequenceType | ir.OptionalType):
+            problems.append(f"input '{value.name}' is a sequence or an optional value; export the model with tensors only")
+            continue
         if value.shape is None or value.dtype is None:
             problems.append(f"input '{value.name}' has no declared rank or type; export the model again")
             continue
@@ -151,19 +159,24 @@ class Problem:
     about_extents: bool = False
 
 
-def infer_and_fold(model: ir.Model) -> list[Problem]:
-    """Compute every extent and fold every constant, in place; returns the problems."""
+def infer_and_fold(model: ir.Model, strict: bool = False) -> list[Problem]:
+    """Compute every extent and fold every constant, in place; returns the problems.
+
+    Nodes that stand for others (an If whose condition is known, an operator that is a function of others)
+    are replaced by those, which are visited next.
+    """
     folder = Folder(model)
     problems: list[Problem] = []
     unknown: set[ir.Value] = set()
-    for node in list(model.graph):
+    waiting = list(model.graph)[::-1]
+    while waiting:
+        node = waiting.pop()
         if any(v in unknown for v in node.inputs if v is not None):
             unknown.update(node.outputs)
-            if lookup(node.domain, node.op_type) is None and not _is_shape(node):
-                problems.append(_problem(node, Unsupported("this operator has no rule; export the model without it")))
+            problems += [_problem(node, reason) for reason in hopeless(node)]
             continue
         try:
-            _visit(model, node, folder)
+            waiting += _visit(model, node, folder, strict)[::-1]
         except Unsupported as error:
             problems.append(_problem(node, error))
             unknown.update(node.outputs)
@@ -174,26 +187,28 @@ def infer_and_fold(model: ir.Model) -> list[Problem]:
     return problems
 
 
-def _is_shape(node: ir.Node) -> bool:
-    return node.domain == "" and node.op_type in ("Shape", "Size", "Constant")
-
-
 def _problem(node: ir.Node, reason: Unsupported) -> Problem:
-    domain = f"{node.domain}." if node.domain else ""
-    return Problem(f"{node.name} ({domain}{node.op_type}): {reason}", isinstance(reason, WrongExtents))
+    return Problem(f"{node.name} ({dialect.operator_name(node)}): {reason}", isinstance(reason, WrongExtents))
 
 
-def _visit(model: ir.Model, node: ir.Node, folder: Folder) -> None:
+def _visit(model: ir.Model, node: ir.Node, folder: Folder, strict: bool) -> list[ir.Node]:
+    """Learn a node's extents; returns the nodes that have taken its place, if any."""
     if folder.try_fold(node):
-        return
+        return []
     folder.settle(node.inputs)
     for value in node.inputs:
         if value is not None and value.const_value is not None and value.shape is None:
             value.shape = ir.Shape(value.const_value.shape.numpy())
+    others = unfold(model, node, folder)
+    if others is not None:
+        return others
     operator = operator_of(node)
+    if strict and isinstance(operator, Opaque):
+        raise Unsupported("it has no sharded rule and would run replicated; leave --strict out to have it gathered")
     for value, found in zip(node.outputs, operator.outputs, strict=False):
         value.shape = ir.Shape(found.shape)
         value.type = ir.TensorType(found.dtype)
+    return []
 
 
 def _settle_rest(model: ir.Model, folder: Folder) -> list[Problem]:

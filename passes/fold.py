@@ -11,15 +11,18 @@ wait until a value is asked for; then all that wait are computed in one session.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.ops.base import Unsupported
+from partitioner.ops.opaque import RANDOM, captured, subgraph_nodes
 
-_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
-                     "Multinomial", "Bernoulli"})
+if TYPE_CHECKING:
+    import onnx
+
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
 
 
@@ -34,13 +37,20 @@ class Folder:
         """Take a node that constants decide; its outputs become constants when `settle` is called."""
         if node.op_type in _SHAPE_ONLY and node.domain == "":
             return self._fold_shape(node)
-        foldable = node.domain == "" and node.op_type not in _RANDOM and not any(
-            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
-        if not foldable or not all(v is None or self.is_constant(v) for v in node.inputs):
+        if node.domain != "" or (node.op_type in RANDOM and node.op_type != "Dropout"):
+            return False
+        if not all(v is None or self.is_constant(v) for v in self._sources(node)):
+            return False
+        if any(inner.op_type in RANDOM for inner in subgraph_nodes(node)):
             return False
         for output in node.outputs:
             self.pending[output] = node
         return True
+
+    @staticmethod
+    def _sources(node: ir.Node) -> list[ir.Value | None]:
+        """All that a node reads, in its subgraphs too."""
+        return [*node.inputs, *captured(node)]
 
     def is_constant(self, value: ir.Value) -> bool:
         """Whether the value is known or waits to be computed from known ones."""
@@ -84,7 +94,7 @@ class Folder:
             node = self.pending.get(value)
             if node is None or node in found:
                 return
-            for source in node.inputs:
+            for source in self._sources(node):
                 if source is not None:
                     visit(source)
             found[node] = None
@@ -92,6 +102,20 @@ class Folder:
         for value in values:
             visit(value)
         return list(found)
+
+
+def _widen(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Cast outputs to float32."""
+    from onnx import helper
+
+    for value in model.graph.output:
+        if value.name in names:
+            model.graph.node.append(helper.make_node("Cast", [value.name], [f"{value.name}/float"], to=1))
+            value.CopyFrom(helper.make_empty_tensor_value_info(f"{value.name}/float"))
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array).astype(ir.DataType.BFLOAT16.numpy())
 
 
 def _become_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
@@ -105,7 +129,8 @@ def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Va
     import onnxruntime
 
     inner = {o for n in nodes for o in n.outputs}
-    known = {v.name: v for n in nodes for v in n.inputs if v is not None and v not in inner}
+    read = [v for n in nodes for v in (*n.inputs, *captured(n))]
+    known = {v.name: v for v in read if v is not None and v not in inner}
     copies: dict[str | None, ir.Value] = {
         name: ir.Value(name=name, const_value=v.const_value, shape=v.shape, type=v.type) for name, v in known.items()}
     initializers = list(copies.values())
@@ -124,7 +149,13 @@ def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Va
     try:
         proto = ir.to_proto(ir.Model(graph, ir_version=max(8, min(model.ir_version, 10))))
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return [np.asarray(array) for array in session.run(None, {})]
+        narrow = [o.name for o in session.get_outputs() if o.type == "tensor(bfloat16)"]
+        if narrow:  # numpy has no such type: taken out as float32, which holds every value of it
+            _widen(proto, narrow)
+            session = onnxruntime.InferenceSession(proto.SerializeToString(), options,
+                                                   providers=["CPUExecutionProvider"])
+        arrays: Any = session.run(None, {})
+        return [_narrowed(a) if o.name in narrow else np.asarray(a) for o, a in zip(outputs, arrays, strict=True)]
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         names = ", ".join(str(n.name) for n in nodes[:3])

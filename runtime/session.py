@@ -15,9 +15,11 @@ import onnx_ir as ir
 import torch
 
 from partitioner import dialect
-from partitioner.errors import ExecutionError, PartitionError
+from partitioner.errors import ExecutionError, PartitionError, refuse_all
 from partitioner.lifetime import find_lifetimes
 from partitioner.ops.dtypes import torch_dtype
+from partitioner.ops.nodes import operator_of
+from partitioner.ops.plugins import reaches_other_processes
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, host_type, to_numpy
 from runtime.group import check_backend, check_device
@@ -140,6 +142,18 @@ class LockstepRunner:
         self._executor.shards = ()
 
 
+def _check_operators(model: ir.Model) -> None:
+    """Make sure that other processes know every operator of a plan.
+
+    Raises:
+        PartitionError: when a class is registered in this process only.
+    """
+    classes = {type(operator_of(node)): node for node in model.graph if not dialect.is_communication(node)}
+    refuse_all([f"{node.name} ({node.op_type}): its class {cls.__name__} is registered in this process only "
+                f"(module {cls.__module__}); put it in a file and name it: pt.load_operators('my_operators.py')"
+                for cls, node in classes.items() if not reaches_other_processes(cls)])
+
+
 class PoolRunner:
     """One process per rank on this host."""
 
@@ -150,6 +164,7 @@ class PoolRunner:
             for name in device.split(","):
                 check_device(name)
         check_backend(backend, device, size)
+        _check_operators(model)
         self.pool = RankPool(size, backend, device, threads)
         self.report: RunReport | None = None
         try:

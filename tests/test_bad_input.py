@@ -223,21 +223,21 @@ def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
 
 
 def test_every_unsupported_operator_is_listed_at_once(tmp_path: Path) -> None:
-    body = helper.make_graph([Node("Identity", ["i"], ["j"])], "b",
+    body = helper.make_graph([Node("Concat", ["i", "i"], ["j"], axis=0)], "b",
                              [value("n", [], TensorProto.INT64), value("c", [], TensorProto.BOOL), value("i", [1])],
                              [value("c", [], TensorProto.BOOL), value("j", [1])])
     nodes = [
         Node("NonZero", ["x"], ["a"], name="where"), Node("Frobnicate", ["x"], ["f"], name="frob", domain="com.acme"),
         Node("LSTM", ["x", "w", "w"], ["l"], name="rnn", hidden_size=3), Node("Relu", ["f"], ["r"], name="fine"),
-        Node("Det", ["r"], ["d"]), Node("Loop", ["", "", "x"], ["o"], name="again", body=body),
-        Node("Resize", ["x", "", "", "sizes"], ["z"], name="cubic", mode="cubic"),
+        Node("Multinomial", ["r"], ["d"]), Node("Loop", ["", "", "x"], ["o"], name="again", body=body),
+        Node("Unique", ["x"], ["z"], name="once"),
     ]
     outputs = [value(n, None) for n in ("a", "l", "d", "o", "z")]
-    weights = {"w": np.ones((1, 2, 2), np.float32), "sizes": np.array([1, 2, 9, 9, 9])}
+    weights = {"w": np.ones((1, 2, 2), np.float32)}
     onnx.save(model(nodes, [X], outputs, weights, domains=["com.acme"]), tmp_path / "m.onnx")
     lines = refused("plan", tmp_path / "m.onnx", "--mesh", "depth=2").splitlines()
-    named = ["where (NonZero)", "frob (com.acme.Frobnicate)", "rnn (LSTM)", "Det_4 (Det)", "again (Loop)",
-             "cubic (Resize)"]
+    named = ["where (NonZero)", "frob (com.acme.Frobnicate)", "rnn (LSTM)", "Multinomial_4 (Multinomial)",
+             "again (Loop)", "once (Unique)"]
     assert len(lines) == len(named)
     for name, line in zip(named, lines, strict=True):
         assert line.startswith(f"partition: {name}: ") and len(line) > len(name) + 20

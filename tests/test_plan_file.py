@@ -298,7 +298,7 @@ ALTERED: dict[str, tuple[Alteration, str]] = {
     "an all-reduce over nothing": (attribute("AllReduceMoments", "mesh_axes", no_strings), "not as it was written"),
     "an all-reduce of another kind": (attribute("AllReduceMoments", "op", set_text("sum")), "not as it was written"),
     "a message in other words": (attribute("HaloExchange", "target", set_text("[x]")), "not as it was written"),
-    "an unknown message": (an_unknown_message, "no rule"),
+    "an unknown message": (an_unknown_message, "is unknown"),
     "no partial results": (no_partial, "reduces over sharded axes in one node"),
     "other extents": (another_extent, "overlap or leave cells out"),
     "open extents": (an_open_extent, ""),

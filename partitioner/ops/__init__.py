@@ -18,10 +18,12 @@ from partitioner.ops.base import (
     TensorType,
     Unsupported,
 )
+from partitioner.ops.plugins import load_declared, load_operators
 from partitioner.ops.registry import lookup, register, registered
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+load_declared()
 
 __all__ = [
     "Call",
@@ -33,6 +35,7 @@ __all__ = [
     "Operator",
     "TensorType",
     "Unsupported",
+    "load_operators",
     "lookup",
     "register",
     "registered",

@@ -67,6 +67,17 @@ def merge_moments(parts: Sequence[Moments]) -> Moments:
     return count, mean, m2
 
 
+def group_moments(parts: Moments, groups: int) -> Moments:
+    """The moments of groups of adjacent channels from those of the channels, repeated for every channel."""
+    count, mean, m2 = parts
+    with one_thread(mean):
+        means, m2s = (t.unflatten(1, (groups, -1)) for t in (mean, m2))
+        centre = means.mean(2, keepdim=True)
+        spread = m2s.sum(2, keepdim=True) + (means - centre).square().sum(2, keepdim=True) * count
+    centre, spread = (t.expand_as(means).flatten(1, 2) for t in (centre, spread))
+    return count * means.shape[2], centre, spread
+
+
 def scale_and_shift(scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor,
                     epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors a, b with (x - mean) / sqrt(variance + epsilon) * scale + bias = x * a + b."""
@@ -76,7 +87,10 @@ def scale_and_shift(scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
 
 def affine(x: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor,
            into: torch.Tensor | None = None) -> torch.Tensor:
-    """x * factor + offset in one pass, into given memory if there is some."""
+    """x * factor + offset in one pass, into given memory if there is some; in the factor's type if it is wider."""
+    if x.dtype != factor.dtype:
+        result = torch.addcmul(offset, x.to(factor.dtype), factor).to(x.dtype)
+        return result if into is None else into.copy_(result)
     return torch.addcmul(offset, x, factor) if into is None else torch.addcmul(offset, x, factor, out=into)
 
 

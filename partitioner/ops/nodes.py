@@ -10,6 +10,7 @@ from partitioner import dialect
 from partitioner.geometry import Box, union
 from partitioner.layout import AxisLayout, Layout
 from partitioner.ops.base import Need, Needs, NodeView, Operator, TensorType, Unsupported, need_pieces
+from partitioner.ops.opaque import Opaque
 from partitioner.ops.registry import lookup
 
 _OPERATOR = "partitioner.operator"
@@ -56,9 +57,7 @@ def operator_of(node: ir.Node) -> Operator:
     if cached is not None:
         return cached
     cls = lookup(node.domain, node.op_type)
-    if cls is None:
-        raise Unsupported("this operator has no rule; export the model without it")
-    operator = cls.read(view_node(node))
+    operator = Opaque.of(node, view_node(node)) if cls is None else cls.read(view_node(node))
     node.meta[_OPERATOR] = operator
     return operator
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
+from partitioner import dialect
 from partitioner.dialect import DOMAIN
 from partitioner.geometry import Box
 from partitioner.maps import identity
@@ -27,6 +28,8 @@ from partitioner.ops.base import (
     statistics,
     whole,
 )
+from partitioner.ops.decomposing import merged_moments, type_of, wide_type
+from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.moments import affine, moments, scale_and_shift
 from partitioner.ops.registry import register
 
@@ -43,7 +46,8 @@ def _per_channel(shape: Sequence[int]) -> tuple[Need, ...]:
     return (Need(1, identity(shape[1])),)
 
 
-def _channel(vector: torch.Tensor, rank: int) -> torch.Tensor:
+def per_channel(vector: torch.Tensor, rank: int) -> torch.Tensor:
+    """One number per channel, with an axis of extent 1 for every other one."""
     return vector.reshape(1, -1, *(1,) * (rank - 2))
 
 
@@ -82,7 +86,7 @@ class BatchNormalization(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
-        scale, bias, mean, variance = (_channel(call.tensor(i), x.dim()) for i in range(1, 5))
+        scale, bias, mean, variance = (per_channel(call.tensor(i), x.dim()) for i in range(1, 5))
         return (affine(x, *scale_and_shift(scale, bias, mean, variance, self.epsilon), call.into),)
 
 
@@ -125,29 +129,31 @@ class InstanceNormalization(Operator):
 
     def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
         x, scale, bias = inputs
-        axes = list(self.reduction.axes)
-        count = np.asarray(self._count(), np.float64)
-        partial = write.op("Moments", [x], {"axes": axes, "count": count}, outputs=3, domain=DOMAIN)
-        merged = write.all_reduce("moments", partial)
-        dtype = self.outputs[0].dtype
-        attributes = {
-            "epsilon": np.asarray(self.epsilon, dtype.numpy()),
-            "dtype": int(dtype),
-            "spatial": list(range(1, len(axes) + 1)),
-        }
-        return write.op("Normalize", [x, *merged, scale, bias], attributes, domain=DOMAIN)[0]
-
-    def _count(self) -> int:
-        count = 1
-        for n in self.outputs[0].shape[2:]:
-            count *= n
-        return count
+        assert x is not None
+        (data,) = self.outputs
+        merged = merged_moments(write, x, data.shape, self.reduction.axes, wide_type(data.dtype))
+        return normalize(write, [x, *merged, scale, bias], self.epsilon)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
-        count, mean, m2 = moments(x, self.reduction.axes)
-        scale, bias = (_channel(call.tensor(i), x.dim()) for i in (1, 2))
+        kept = torch_dtype(wide_type(self.outputs[0].dtype))
+        count, mean, m2 = moments(x.to(kept), self.reduction.axes)
+        scale, bias = (per_channel(call.tensor(i), x.dim()).to(kept) for i in (1, 2))
         return (affine(x, *scale_and_shift(scale, bias, mean, m2 / count, self.epsilon), call.into),)
+
+
+def normalize(write: Decomposer, inputs: Sequence[ir.Value | None], epsilon: float) -> ir.Value:
+    """A `Normalize` node of x, count, mean, M2, scale and bias."""
+    x, _, mean, *_ = inputs
+    assert x is not None and mean is not None
+    dtype = type_of(mean)
+    attributes = {
+        "epsilon": np.asarray(epsilon, dtype.numpy()),
+        "dtype": int(dtype),
+        "spatial": list(range(1, len(dialect.shape_of(x)) - 1)),
+        "to": int(type_of(x)),
+    }
+    return write.op("Normalize", inputs, attributes, domain=DOMAIN)[0]
 
 
 @register
@@ -167,7 +173,7 @@ class LocalMoments(Operator):
     def read(cls, view: NodeView) -> Self:
         data, axes = view.input(0), view.ints("axes") or ()
         shape = tuple(1 if a in axes else n for a, n in enumerate(data.shape))
-        reduced = TensorType(shape, data.dtype)
+        reduced = TensorType(shape, ir.DataType(view.int("dtype", int(data.dtype))))
         return cls(view.inputs, (TensorType((), ir.DataType.INT64), reduced, reduced), axes)
 
     def needs(self, output: int = 0) -> Needs:
@@ -183,7 +189,7 @@ class LocalMoments(Operator):
         return Reduction(self.axes)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        x, out = call.tensor(0), call.outs[1]
+        x, out = call.tensor(0).to(torch_dtype(self.outputs[1].dtype)), call.outs[1]
         if not out:  # no case or channel of its own: nothing to count
             empty = x.new_zeros(out.shape)
             return x.new_zeros((), dtype=torch.int64), empty, empty.clone()
@@ -229,5 +235,5 @@ class Normalize(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, count, mean, m2 = (call.tensor(i) for i in range(4))
-        scale, bias = (_channel(call.tensor(i), x.dim()) for i in (4, 5))
+        scale, bias = (per_channel(call.tensor(i), x.dim()).to(mean.dtype) for i in (4, 5))
         return (affine(x, *scale_and_shift(scale, bias, mean, m2 / count, self.epsilon), call.into),)

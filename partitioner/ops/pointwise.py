@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
 
+from partitioner.geometry import Box
 from partitioner.ops.base import (
     Call,
     Example,
@@ -26,6 +27,8 @@ from partitioner.ops.registry import register
 if TYPE_CHECKING:
     import torch
     import torch.nn.functional as functional
+
+    from partitioner.ops.emitter import Emitter
 else:
     from partitioner.lazy import functional, torch
 
@@ -44,6 +47,25 @@ def _divide(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
 
 def _modulo(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
     return torch.fmod(xs[0], xs[1]) if attributes.get("fmod", 0) else torch.remainder(xs[0], xs[1])
+
+
+def _power(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
+    """Powers of integers in float64, as onnxruntime has them, rounded towards zero."""
+    base = xs[0] if xs[0].dtype.is_floating_point else xs[0].to(torch.float64)
+    return torch.pow(base, xs[1]).to(xs[0].dtype)
+
+
+def _shift(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
+    """Bits moved by xs[1] places; all are gone when that is the width or more."""
+    x, places = xs[0].to(torch.int64), xs[1].to(torch.int64)
+    width = xs[0].element_size() * 8
+    moved = x << places.clamp(max=62) if attributes.get("direction") == "LEFT" else x >> places.clamp(max=62)
+    return torch.where(places >= width, torch.zeros_like(moved), moved).to(xs[0].dtype)
+
+
+def _is_infinite(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
+    up = torch.isposinf(xs[0]) & bool(attributes.get("detect_positive", 1))
+    return up | (torch.isneginf(xs[0]) & bool(attributes.get("detect_negative", 1)))
 
 
 def _prelu(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
@@ -128,6 +150,8 @@ UNARY: dict[str, Kernel] = {
     "Atanh": lambda a, xs: torch.atanh(xs[0]),
     "Not": lambda a, xs: torch.logical_not(xs[0]),
     "IsNaN": lambda a, xs: torch.isnan(xs[0]),
+    "IsInf": _is_infinite,
+    "BitwiseNot": lambda a, xs: torch.bitwise_not(xs[0]),
     "Identity": lambda a, xs: xs[0],
     "Dropout": lambda a, xs: xs[0],
 }
@@ -137,7 +161,7 @@ BROADCAST: dict[str, Kernel] = {
     "Sub": lambda a, xs: torch.sub(xs[0], xs[1]),
     "Mul": lambda a, xs: torch.mul(xs[0], xs[1]),
     "Div": _divide,
-    "Pow": lambda a, xs: torch.pow(xs[0], xs[1]).to(xs[0].dtype),
+    "Pow": _power,
     "Mod": _modulo,
     "PRelu": _prelu,
     "Min": _fold(lambda x, y: torch.minimum(x, y)),
@@ -153,6 +177,10 @@ BROADCAST: dict[str, Kernel] = {
     "And": lambda a, xs: torch.logical_and(xs[0], xs[1]),
     "Or": lambda a, xs: torch.logical_or(xs[0], xs[1]),
     "Xor": lambda a, xs: torch.logical_xor(xs[0], xs[1]),
+    "BitShift": _shift,
+    "BitwiseAnd": lambda a, xs: torch.bitwise_and(xs[0], xs[1]),
+    "BitwiseOr": lambda a, xs: torch.bitwise_or(xs[0], xs[1]),
+    "BitwiseXor": lambda a, xs: torch.bitwise_xor(xs[0], xs[1]),
 }
 
 INTO: dict[str, Callable[[Attributes, list[torch.Tensor], torch.Tensor], torch.Tensor]] = {
@@ -168,7 +196,7 @@ INTO: dict[str, Callable[[Attributes, list[torch.Tensor], torch.Tensor], torch.T
 """The functions that torch computes into given memory, with the same bits."""
 
 _COMPARISONS = frozenset(
-    {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}
+    {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
 )
 
 
@@ -232,6 +260,28 @@ class Pointwise(Operator):
           for name in ("Reciprocal", "Tan", "Asin", "Acos", "Atanh")),
         Example("Shrink", ((1, 2, 9),), {"lambd": 0.7, "bias": 0.2}),
         Example("Swish", ((1, 2, 9),), {"alpha": 1.5}, opset=24),
+        *(Example(name, ((2, 3, 5), (3, 1)), dtype=ir.DataType.INT32)
+          for name in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")),
+        Example("BitwiseNot", ((2, 3, 5),), dtype=ir.DataType.UINT8),
+        Example("BitShift", ((2, 3, 5), (3, 1)), {"direction": "LEFT"}, dtype=ir.DataType.UINT8),
+        Example("BitShift", ((2, 3, 5), (2, 3, 5)), {"direction": "RIGHT"}, opset=11, dtype=ir.DataType.UINT8),
+        Example("IsInf", ((2, 3, 5),)),
+        Example("IsInf", ((1, 2, 7),), {"detect_negative": 0}, opset=20),
+        Example("Pow", ((2, 3, 5), np.array(3, np.int32)), dtype=ir.DataType.INT32),
+        Example("Pow", ((2, 3, 5), np.float32(2.0)), opset=13, dtype=ir.DataType.INT64),
+        Example("Pow", ((2, 3, 5), np.array([2], np.int64)), opset=15),
+        Example("Mod", ((2, 3, 5), np.array([[-3], [2], [-4]], np.int32)), dtype=ir.DataType.INT32),
+        Example("Mod", ((2, 3, 5), np.array([[-3], [2], [-4]], np.int64)), {"fmod": 1}, dtype=ir.DataType.INT64),
+        Example("Clip", ((1, 2, 9), np.array(3, np.int32), np.array(6, np.int32)), dtype=ir.DataType.INT32),
+        Example("Clip", ((1, 2, 9), np.float32(0.4), np.float32(-0.3)), opset=12),
+        Example("Clip", ((1, 2, 9), np.float32(-0.2)), opset=11),
+        Example("HardSwish", ((1, 2, 7),), opset=14, between=(-6.0, 6.0)),
+        Example("PRelu", ((2, 3, 5, 6), (3, 1, 1)), opset=7),
+        Example("Neg", ((1, 2, 7),), dtype=ir.DataType.INT32),
+        Example("Abs", ((1, 2, 7),), opset=7, dtype=ir.DataType.INT64),
+        Example("Max", ((2, 3, 5), (3, 1)), opset=13, dtype=ir.DataType.INT64),
+        Example("Where", (np.array([True, False, True, False, True]), (2, 3, 5), (3, 1)), opset=9,
+                dtype=ir.DataType.INT32),
     )
 
     op_type: str
@@ -311,6 +361,11 @@ class Cast(Operator):
         Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.INT32)}),
         Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.FLOAT)}, dtype=ir.DataType.INT32),
         Example("CastLike", ((1, 2, 9), np.zeros(1, np.int32))),
+        *(Example("Cast", ((1, 2, 9),), {"to": int(to)}, opset=13) for to in (
+            ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT64)),
+        Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.UINT8)}, opset=9, between=(0.0, 9.0)),
+        Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.FLOAT)}, opset=19, dtype=ir.DataType.BOOL),
+        Example("Cast", ((1, 2, 9),), {"to": int(ir.DataType.INT32)}, opset=21, dtype=ir.DataType.UINT8),
     )
 
     @classmethod
@@ -326,3 +381,7 @@ class Cast(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         return (call.tensor(0).to(torch_dtype(self.outputs[0].dtype)),)
+
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        return (emitter.op("Cast", [names[0]], {"to": int(self.outputs[0].dtype)}),)
