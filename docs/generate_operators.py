@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from partitioner.loader import MINIMUM_OPSET
-from partitioner.maps import Identity, Shift, Taps, TransposedWindow, Whole, WholeAligned, Window
+from partitioner.maps import Identity, Prefix, Shift, Suffix, Taps, TransposedWindow, Whole, WholeAligned, Window
 from partitioner.ops import Need, NodeView, Operator, TensorType, registered
 from partitioner.ops.base import Example
 
@@ -23,7 +23,7 @@ NEWEST_OPSET = 24
 """The newest opset of the oldest onnx package that is supported; a newer package gives the same page."""
 
 KINDS = {Identity: "same cell", Shift: "shift", Window: "window", TransposedWindow: "transposed window",
-         Taps: "taps", Whole: "whole", WholeAligned: "statistics"}
+         Taps: "taps", Prefix: "all before", Suffix: "all after", Whole: "whole", WholeAligned: "statistics"}
 SAME = KINDS[Identity]
 NOTHING = "nothing to send"
 

@@ -96,7 +96,7 @@ def merge_body(kind: str, width: int, dtype: ir.DataType, count: int, opset: int
     """A function of `count` partial results that merges them in the order given.
 
     Args:
-        kind: sum, max, min or moments.
+        kind: sum, prod, max, min or moments.
         width: tensors per partial result (3 for moments).
         dtype: element type of the result.
     """
@@ -108,9 +108,22 @@ def merge_body(kind: str, width: int, dtype: ir.DataType, count: int, opset: int
         if kind == "moments":
             result = _merge_moments(emitter, result, other, dtype)
         else:
-            op_type = {"sum": "Add", "max": "Max", "min": "Min"}[kind]
-            result = [emitter.op(op_type, pair) for pair in zip(result, other, strict=True)]
+            result = [_merge_two(emitter, kind, pair, dtype) for pair in zip(result, other, strict=True)]
     return _function(scope, [value for partial in inputs for value in partial], result)
+
+
+def _merge_two(emitter: Emitter, kind: str, pair: Sequence[str], dtype: ir.DataType) -> str:
+    """A sum, product, maximum or minimum of two, by way of a type that this opset's Max and Min know."""
+    if kind in ("sum", "prod"):
+        return emitter.op("Add" if kind == "sum" else "Mul", pair)
+    if dtype == ir.DataType.BOOL:
+        return emitter.op("Or" if kind == "max" else "And", pair)
+    op_type = "Max" if kind == "max" else "Min"
+    if dtype.is_floating_point() or (emitter.opset >= 12 and dtype.bitwidth >= 32):
+        return emitter.op(op_type, pair)
+    known = ir.DataType.INT32 if emitter.opset >= 12 else ir.DataType.DOUBLE
+    wide = [emitter.op("Cast", [name], {"to": int(known)}) for name in pair]
+    return emitter.op("Cast", [emitter.op(op_type, wide)], {"to": int(dtype)})
 
 
 def _merge_moments(emitter: Emitter, left: Sequence[str], right: Sequence[str],

@@ -44,7 +44,7 @@ class SplitReductions(Pass):
             if not mesh_axes:
                 continue
             result = operator_of(node).decompose(_Writer(model.graph, node, mesh_axes, namer), node.inputs)
-            _take_place(model.graph, node, result)
+            _take_place(model.graph, node, result if isinstance(result, tuple) else (result,))
         dialect.declare(model)
 
 
@@ -56,6 +56,10 @@ class _Writer:
         self.node = node
         self.mesh_axes = mesh_axes
         self.namer = namer
+
+    @property
+    def opset(self) -> int:
+        return self.graph.opset_imports[""]
 
     def op(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None,
            outputs: int = 1, domain: str = "") -> tuple[ir.Value, ...]:
@@ -71,8 +75,7 @@ class _Writer:
         return tuple(node.outputs)
 
     def reduce(self, op_type: str, x: ir.Value, axes: Sequence[int], keepdims: bool) -> ir.Value:
-        opset = self.graph.opset_imports[""]
-        if opset < (13 if op_type == "ReduceSum" else 18):
+        if self.opset < (13 if op_type == "ReduceSum" else 18):
             return self.op(op_type, [x], {"axes": list(axes), "keepdims": int(keepdims)})[0]
         indices = self.constant(np.asarray(list(axes), np.int64))
         return self.op(op_type, [x, indices], {"keepdims": int(keepdims)})[0]
@@ -92,11 +95,12 @@ class _Writer:
         return value
 
 
-def _take_place(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
-    """Let `result` be what `node` produced, under the old name and layout."""
-    old = node.outputs[0]
-    layout, name = dialect.get_layout(old), old.name
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
+def _take_place(graph: ir.Graph, node: ir.Node, results: Sequence[ir.Value]) -> None:
+    """Let `results` be what `node` produced, under the old names and layouts."""
+    outputs = node.outputs[: len(results)]
+    for old, result in zip(outputs, results, strict=True):
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-    result.name = name
-    dialect.set_layout(result, layout)
+    for old, result in zip(outputs, results, strict=True):
+        result.name = old.name
+        dialect.set_layout(result, dialect.get_layout(old))

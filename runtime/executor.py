@@ -155,10 +155,10 @@ class Executor:
 
 
 def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """Partial results of a group merged in rank order: sum, max, min or moments."""
+    """Partial results of a group merged in rank order: sum, prod, max, min or moments."""
     if kind == "moments":
         return list(merge_moments([(p[0], p[1], p[2]) for p in parts]))
-    step = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[kind]
+    step = {"sum": torch.add, "prod": torch.mul, "max": torch.maximum, "min": torch.minimum}[kind]
     (result, *rest) = [p[0] for p in parts]
     for other in rest:
         result = step(result, other)

@@ -21,13 +21,13 @@ input %volume : float32 [1, 2, depth(0|5|9), 6, width(0|4|7)]
 %volume/halo_1 = HaloExchange(%volume) : float32 [1, 2, depth(0|5|9), 6, width(0|4|7)] -> \
 [1, 2, depth(0:6 4:9), 6, width(0:5 3:7)]  halo depth -1+1; halo width -1+1
 %a = Conv(%volume/halo_1, @w) {pads=[1, 1, 1, 1, 1, 1]} : float32 [1, 8, depth(0|5|9), 6, width(0|4|7)]
-%norm/Moments, %norm/Moments.1, %norm/Moments.2 = Moments(%a) {axes=[2, 3, 4], count=378} : \
+%norm/Moments, %norm/Moments.1, %norm/Moments.2 = Moments(%a) {axes=[2, 3, 4], count=378, dtype=1} : \
 int64 [], float32 [1, 8, 1, 1, 1], float32 [1, 8, 1, 1, 1]  partial over depth, width
 %norm/all_reduce, %norm/all_reduce.1, %norm/all_reduce.2 = \
 AllReduceMoments(%norm/Moments, %norm/Moments.1, %norm/Moments.2) : \
 int64 [], float32 [1, 8, 1, 1, 1], float32 [1, 8, 1, 1, 1]  moments over depth, width
 %b = Normalize(%a, %norm/all_reduce, %norm/all_reduce.1, %norm/all_reduce.2, @s, @t) \
-{dtype=1, epsilon=1e-05, spatial=[1, 2, 3]} : float32 [1, 8, depth(0|5|9), 6, width(0|4|7)]
+{dtype=1, epsilon=1e-05, spatial=[1, 2, 3], to=1} : float32 [1, 8, depth(0|5|9), 6, width(0|4|7)]
 %b/halo_1 = HaloExchange(%b) : float32 [1, 8, depth(0|5|9), 6, width(0|4|7)] -> \
 [1, 8, depth(0:6 5:9), 6, width(0|4|7)]  halo depth -0+1
 %c = MaxPool(%b/halo_1) {kernel_shape=[2, 1, 1], strides=[2, 1, 1]} : float32 [1, 8, depth(0|3|4), 6, width(0|4|7)]

@@ -240,6 +240,11 @@ class Reduction:
 class Decomposer(Protocol):
     """Writes the nodes into which a reduction is split."""
 
+    @property
+    def opset(self) -> int:
+        """Opset version of the default domain."""
+        ...
+
     def op(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None,
            outputs: int = 1, domain: str = "") -> tuple[ir.Value, ...]:
         """A new node; returns its outputs."""
@@ -250,7 +255,7 @@ class Decomposer(Protocol):
         ...
 
     def all_reduce(self, kind: str, partial: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
-        """Partial results merged over the ranks that share the reduced axes: sum, max, min or moments."""
+        """Partial results merged over the ranks that share the reduced axes: sum, prod, max, min or moments."""
         ...
 
     def constant(self, array: Array) -> ir.Value:
@@ -328,8 +333,8 @@ class Operator(ABC):
         """The axes over which this operator can be split into partial results, if it is a reduction."""
         return None
 
-    def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
-        """The same result as local partials, `AllReduce` and a local finish; only for reductions."""
+    def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value | tuple[ir.Value, ...]:
+        """The same outputs as local partials, `AllReduce` and a local finish; only for reductions."""
         raise NotADecomposition(type(self).__name__)
 
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
