@@ -73,6 +73,8 @@ _POINTWISE: dict[str, Rule] = {
     "Erf": lambda n, xs: _erf(xs[0]),
     "Not": lambda n, xs: ~xs[0],
     "IsNaN": lambda n, xs: np.isnan(xs[0]),
+    "IsInf": lambda n, xs: (np.isposinf(xs[0]) & bool(n.get("detect_positive", 1)))
+    | (np.isneginf(xs[0]) & bool(n.get("detect_negative", 1))),
     "Identity": lambda n, xs: xs[0],
     "Dropout": lambda n, xs: xs[0],
     "Clip": _clip,

@@ -195,6 +195,10 @@ INTO: dict[str, Callable[[Attributes, list[torch.Tensor], torch.Tensor], torch.T
 }
 """The functions that torch computes into given memory, with the same bits."""
 
+_WIDENED = ("torch.uint16", "torch.uint32")
+_ANY_TYPE = frozenset({"Identity", "Dropout", "Where", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"})
+"""Operators that torch has for uint64, too large for int64."""
+
 _COMPARISONS = frozenset(
     {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
 )
@@ -293,6 +297,8 @@ class Pointwise(Operator):
         given = [t for t in view.inputs if t is not None]
         if not given:
             raise Unsupported("it has no input; correct the file")
+        if view.op_type not in _ANY_TYPE and any(t.dtype == ir.DataType.UINT64 for t in given):
+            raise Unsupported("arithmetic of uint64 is not supported; use int64")
         has_scalars = view.op_type in ("Clip", "Dropout")
         shape = given[0].shape if has_scalars else _broadcast(given)
         dtype = ir.DataType.BOOL if view.op_type in _COMPARISONS else given[-1 if view.op_type == "Where" else 0].dtype
@@ -317,13 +323,19 @@ class Pointwise(Operator):
             result = _clip_inputs(attributes, call)
         else:
             kernel = UNARY.get(self.op_type) or BROADCAST[self.op_type]
-            result = kernel(attributes, [x for x in call.tensors if x is not None])
-        return (result,)
+            result = kernel(attributes, [_widened(x) for x in call.tensors if x is not None])
+        wanted = torch_dtype(self.outputs[0].dtype)
+        return (result.to(wanted) if str(wanted) in _WIDENED else result,)
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """Unsigned numbers for which torch lacks kernels as int64, which holds them all."""
+    return x.to(torch.int64) if str(x.dtype) in _WIDENED else x
 
 
 def _clip_inputs(attributes: dict[str, Any], call: Call) -> torch.Tensor:
-    low, high = call.optional(1), call.optional(2)
-    result = call.tensor(0)
+    low, high = (None if x is None else _widened(x) for x in (call.optional(1), call.optional(2)))
+    result = _widened(call.tensor(0))
     low = attributes.get("min") if low is None else low
     high = attributes.get("max") if high is None else high
     return result if low is None and high is None else torch.clamp(result, min=low, max=high)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
+import onnx_ir as ir
 
 from partitioner.geometry import Box, Interval, Pieces
 from partitioner.maps import AxisMap, Identity, Shift, Taps, identity
 from partitioner.ops.base import (
+    Array,
     Call,
     Example,
     Need,
@@ -35,6 +37,21 @@ else:
     from partitioner.lazy import functional, torch
 
 
+def _ints(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def checked_axis(axis: int, rank: int) -> int:
+    """An axis counted from the front.
+
+    Raises:
+        Unsupported: when there is no such axis.
+    """
+    if not -rank <= axis < rank:
+        raise Unsupported(f"axis {axis} on a tensor of {rank} axes; correct the file")
+    return axis % rank
+
+
 @register
 @dataclass(frozen=True)
 class Concat(Operator):
@@ -47,6 +64,11 @@ class Concat(Operator):
     examples: ClassVar[tuple[Example, ...]] = (
         Example("Concat", ((1, 2, 7, 5), (1, 3, 7, 5)), {"axis": 1}),
         Example("Concat", ((1, 2, 7), (1, 2, 4), (1, 2, 1)), {"axis": -1}),
+        Example("Concat", ((2, 2, 5, 3), (1, 2, 5, 3), (3, 2, 5, 3)), {"axis": 0}, opset=11),
+        Example("Concat", ((1, 1, 3, 4, 2), (1, 1, 8, 4, 2)), {"axis": 2}, opset=9),
+        Example("Concat", ((1, 2, 4), np.ones((1, 2, 3), np.float32), (1, 2, 4)), {"axis": 2}, opset=13),
+        Example("Concat", ((1, 2, 5, 7), (1, 2, 1, 7)), {"axis": -2}, opset=13),
+        Example("Concat", ((1, 2, 5),), {"axis": 2}, opset=13),
     )
 
     axis: int
@@ -56,10 +78,7 @@ class Concat(Operator):
     def read(cls, view: NodeView) -> Self:
         types = [view.input(i) for i in range(len(view.inputs))]
         rank = types[0].rank
-        axis = view.int("axis", 1)
-        if not -rank <= axis < rank:
-            raise Unsupported(f"axis {axis} on tensors of {rank} axes; correct the file")
-        axis %= rank
+        axis = checked_axis(view.int("axis", 1), rank)
         for other in types[1:]:
             pairs = zip(types[0].shape, other.shape, strict=False)
             if other.rank != rank or any(a != b for i, (a, b) in enumerate(pairs) if i != axis):
@@ -87,7 +106,7 @@ class Concat(Operator):
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         present = [x for x in call.tensors if x is not None and x.shape[self.axis]]
         if call.into is None:
-            return (torch.cat(present, self.axis) if len(present) > 1 else present[0],)
+            return (torch.cat(present, self.axis),)
         position = 0
         for x in present:
             call.into.narrow(self.axis, position, x.shape[self.axis]).copy_(x)
@@ -198,6 +217,16 @@ class Slice(Move):
                           np.array([2], np.int64), np.array([3], np.int64))),
         Example("Slice", ((1, 2, 13), np.array([-1], np.int64), np.array([-100], np.int64),
                           np.array([2], np.int64), np.array([-2], np.int64))),
+        Example("Slice", ((2, 3, 7, 9), _ints(1, -8), _ints(2**31 - 1, 2**63 - 1), _ints(2, -1))),
+        Example("Slice", ((2, 3, 7, 9), _ints(-1, 8), _ints(-(2**63), 1), _ints(2, 3), _ints(-1, -3)), opset=11),
+        Example("Slice", ((2, 3, 7, 9), _ints(0, 1, -5, 2), _ints(2, 9, -1, 9), None, _ints(1, 2, 1, 3)), opset=10),
+        Example("Slice", ((3, 2, 7), np.array([2], np.int32), np.array([-9], np.int32), np.array([0], np.int32),
+                          np.array([-1], np.int32)), opset=13),
+        Example("Slice", ((2, 3, 7, 9), _ints(1, 1), _ints(2, 2))),
+        Example("Slice", ((1, 1, 9, 5, 7), _ints(1, 0, 6), _ints(8, 5, 0), _ints(2, 3, 4), _ints(3, 2, -2))),
+        Example("Slice", ((2, 3, 8),), {"starts": [0, -3, 1], "ends": [1, 2147483647, -1]}, opset=7),
+        Example("Slice", ((1, 2, 9), _ints(-100), _ints(-200), _ints(2), _ints(-1))),
+        Example("Slice", ((1, 2, 9), _ints(5), _ints(-5), _ints(2), _ints(-4)), dtype=ir.DataType.INT64),
     )
 
     @classmethod
@@ -209,9 +238,15 @@ class Slice(Move):
         axes = listed_integers(view, "axes", 3) or tuple(range(len(starts)))
         steps = listed_integers(view, "steps", 4) or (1,) * len(starts)
         maps: list[AxisMap] = [identity(n) for n in data.shape]
-        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if not len(starts) == len(ends) == len(axes) == len(steps):
+            raise Unsupported("starts, ends, axes and steps differ in length; correct the file")
+        for start, end, given, step in zip(starts, ends, axes, steps, strict=True):
+            axis = checked_axis(given, data.rank)
             n = data.shape[axis]
-            cells = range(n)[slice(start, None if step < 0 and end < -n else end, step)]
+            if step == 0:
+                raise Unsupported("a step of 0; correct the file")
+            first = 0 if step < 0 and start < -n else start  # clamped, where Python's slices are empty
+            cells = range(n)[slice(first, None if step < 0 and end < -n else end, step)]
             if step == 1:
                 maps[axis] = Shift(n, len(cells), cells.start)
             else:
@@ -237,6 +272,16 @@ class Pad(Move):
         Example("Pad", ((1, 2, 11), np.array([0, 0, 3, 0, 0, 2], np.int64)), {"mode": "wrap"}, opset=19),
         Example("Pad", ((1, 2, 11), np.array([0, 0, -3, 0, 0, 2], np.int64))),
         Example("Pad", ((1, 2, 9),), {"pads": [0, 0, 1, 0, 0, 2], "mode": "constant", "value": 1.5}, opset=10),
+        Example("Pad", ((1, 2, 9, 4),), {"pads": [0, 0, 2, 1, 0, 0, 0, 3], "mode": "reflect"}, opset=7),
+        Example("Pad", ((2, 1, 5, 4), _ints(1, 0, -2, 3, 0, 0, 1, -1), np.float32(-2.5)), opset=11),
+        Example("Pad", ((1, 2, 5, 4), _ints(0, 0, -1, 3, 0, 0, 2, -2)), {"mode": "edge"}, opset=13),
+        Example("Pad", ((1, 2, 6, 7), _ints(-2, 2, 3, -1), None, _ints(2, -1)), {"mode": "reflect"}),
+        Example("Pad", ((1, 2, 6, 7), _ints(4, 1), np.float32(0.25), _ints(3)), opset=18),
+        Example("Pad", ((1, 1, 3, 4, 5), _ints(0, 0, 1, 2, 3, 0, 0, 2, 0, 4)), {"mode": "edge"}, opset=19),
+        Example("Pad", ((1, 1, 3, 4, 5), _ints(2, 1, 4, 0, 3, 2), None, _ints(2, 3, 4)), {"mode": "reflect"}, opset=21),
+        Example("Pad", ((1, 1, 3, 4, 5), _ints(2, 1, 4, 0, 3, 5), None, _ints(2, 3, 4)), {"mode": "wrap"}, opset=21),
+        Example("Pad", ((1, 2, 5), _ints(0, 0, 4, 0, 0, 4)), {"mode": "reflect"}, opset=13),
+        Example("Pad", ((2, 2, 5), _ints(0, 0, 2, 0, 0, 1), np.int32(7)), opset=13, dtype=ir.DataType.INT32),
     )
 
     @classmethod

@@ -1,0 +1,77 @@
+"""Indices that are computed from the data, beside data of another type; what is refused; element types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from partitioner.errors import PartitionError
+from tests.examples import one_graph
+from tests.oracle import compile_plan, run_lockstep, run_ort
+from tests.test_expand import expanded
+
+Array = np.ndarray
+RANDOM = np.random.default_rng(5)
+
+
+def data(*shape: int, kind: type = np.float32) -> Array:
+    return RANDOM.uniform(-2, 2, shape).astype(kind)
+
+
+def index(high: int, *shape: int) -> Array:
+    return RANDOM.integers(-high, high, shape).astype(np.int64)
+
+
+INDEXED = [
+    ("Gather", [data(2, 3, 7, 5), index(7, 4)], {"axis": 2}, (2, 3, 4, 5)),
+    ("Gather", [data(2, 3, 7), index(3, 2, 5)], {"axis": 1}, (2, 2, 5, 7)),
+    ("Gather", [data(2, 3, 7, kind=np.float16), index(7, 3)], {"axis": -1}, (2, 3, 3)),
+    ("GatherElements", [data(2, 3, 7), index(7, 2, 3, 5)], {"axis": 2}, (2, 3, 5)),
+    ("GatherND", [data(2, 3, 7, 5), index(3, 2, 4, 2)], {"batch_dims": 1}, (2, 4, 5)),
+    ("ScatterElements", [data(2, 3, 7), RANDOM.permutation(7)[None, None, :4].repeat(2, 0).astype(np.int64),
+                         data(2, 1, 4)], {"axis": 2}, (2, 3, 7)),
+    ("ScatterElements", [data(2, 3, 7), index(7, 2, 3, 9), data(2, 3, 9)], {"axis": 2, "reduction": "max"}, (2, 3, 7)),
+    ("ScatterND", [data(2, 3, 7), np.array([[1, 2], [0, 1]]), data(2, 7)], {}, (2, 3, 7)),
+    ("Concat", [data(2, 3, 7).astype(np.int32), data(2, 3, 4).astype(np.int32)], {"axis": 2}, (2, 3, 11)),
+    ("Tile", [data(1, 2, 5, kind=np.float16), np.array([1, 1, 3])], {}, (1, 2, 15)),
+]
+
+
+@pytest.mark.parametrize("mesh", ["batch=2", "width=2", "width=3", "batch=2,width=2"])
+@pytest.mark.parametrize("case", INDEXED, ids=lambda case: f"{case[0]}-{len(case[3])}-{case[1][0].dtype}")
+def test_shards_equal_onnxruntime(case: tuple[str, list[Array], dict, tuple[int, ...]], mesh: str) -> None:
+    """These operators only choose cells, so every bit is the same."""
+    op_type, arrays, attributes, shape = case
+    if "batch" in mesh and arrays[0].shape[0] < 2:
+        pytest.skip("one sample")
+    fed = {f"x{i}": a for i, a in enumerate(arrays) if op_type != "Tile" or i == 0}
+    constants = {f"x{i}": a for i, a in enumerate(arrays) if f"x{i}" not in fed}
+    node = helper.make_node(op_type, [f"x{i}" for i in range(len(arrays))], ["y"], "node", **attributes)
+    kind = helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
+    model = one_graph([node], fed, constants, {"y": (kind, shape)}, 18)
+    expected, plan = run_ort(model, fed)["y"], compile_plan(model, mesh)
+    assert np.array_equal(run_lockstep(plan, fed).outputs["y"], expected)
+    assert np.array_equal(run_ort(expanded(compile_plan(model, mesh)), fed)["y"], expected)
+
+
+REFUSED = [
+    ("Gather", [(1, 2, 5)], [np.array([5])], {"axis": 2}, "outside an axis of 5"),
+    ("Compress", [(1, 2, 5)], [np.zeros(5, bool)], {"axis": 2}, "leaves nothing"),
+    ("DepthToSpace", [(1, 6, 5, 3)], [], {"blocksize": 2}, "no multiple of 4"),
+    ("SpaceToDepth", [(1, 1, 5, 4)], [], {"blocksize": 2}, "use multiples of 2"),
+    ("Expand", [(1, 2, 5)], [np.array([3, 4])], {}, "do not expand"),
+    ("Tile", [(1, 2, 5)], [np.array([1, 2])], {}, "repeats do not fit"),
+    ("Slice", [(1, 2, 5)], [np.array([0]), np.array([4]), np.array([3])], {}, "axis 3"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
+def test_refusals_say_why(case: tuple[str, list[tuple[int, ...]], list[Array], dict, str]) -> None:
+    op_type, shapes, rest, attributes, reason = case
+    fed = {f"x{i}": data(*shape) for i, shape in enumerate(shapes)}
+    constants = {f"c{i}": array for i, array in enumerate(rest)}
+    node = helper.make_node(op_type, [*fed, *constants], ["y"], "node", **attributes)
+    model = one_graph([node], fed, constants, {"y": (TensorProto.FLOAT, (1,))}, 18)
+    with pytest.raises(PartitionError, match=reason):
+        compile_plan(model, None)
