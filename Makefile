@@ -18,12 +18,13 @@ PACKAGES = partitioner passes runtime
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types layers unit clean
+.PHONY: help demo test test-slow test-architectures lint types layers unit clean
 
 help:
 	@echo "make demo       install, then partition, run and verify a 3D U-Net on 4 processes (CPU)"
 	@echo "make test       install, then all checks: ruff, pyright, import layers, pytest"
 	@echo "make test-slow  the tests marked slow, too long for every change"
+	@echo "make test-architectures  install the packages of published networks, then partition them all"
 	@echo "make lint       ruff, pyright and import layers only"
 	@echo "make clean      remove the environment, caches and outputs"
 
@@ -46,6 +47,9 @@ unit: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" $(PYTEST_ARGS)
 
+test-architectures: $(VENV)/.installed-networks
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" tests/test_architectures.py $(PYTEST_ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf demo-output benchmark-results
@@ -59,6 +63,12 @@ $(VENV)/.installed-demo: pyproject.toml | $(VENV)/.torch
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+# The torch that is here stays: torchvision is chosen to go with it.
+$(VENV)/.installed-networks: $(VENV)/.installed-test
+	@$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[test,networks]"
 	@touch $@
 
 $(VENV)/.torch: | $(BIN)/python

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect, seal
@@ -68,10 +69,41 @@ def load_file(path: Path) -> ir.Model:
 
 def _from_proto(proto: Any, where: str) -> ir.Model:
     try:
+        _make_dense(proto.graph)
         with _hushed("onnx_ir"):
             return ir.from_proto(proto)
     except Exception as error:
         raise PartitionError(f"{where}: is damaged ({_first_line(error)}); export or copy it again") from None
+
+
+def _make_dense(graph: Any) -> None:
+    """Sparse constants and initialisers as dense ones, which all else reads."""
+    for sparse in graph.sparse_initializer:
+        dense = _dense(sparse)
+        dense.name = sparse.values.name
+        graph.initializer.append(dense)
+    graph.ClearField("sparse_initializer")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("sparse_tensor"):
+                dense = _dense(attribute.sparse_tensor)
+                attribute.ClearField("sparse_tensor")
+                attribute.name, attribute.type = "value", 4  # TENSOR
+                attribute.t.CopyFrom(dense)
+            if attribute.HasField("g"):
+                _make_dense(attribute.g)
+
+
+def _dense(sparse: Any) -> Any:
+    from onnx import numpy_helper
+
+    values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    found = np.zeros(tuple(sparse.dims), values.dtype)
+    if places.ndim == 1:
+        found.reshape(-1)[places] = values
+    else:
+        found[tuple(places.T)] = values
+    return numpy_helper.from_array(found)
 
 
 @contextlib.contextmanager

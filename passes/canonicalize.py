@@ -25,6 +25,7 @@ from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.opaque import Opaque
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
+from passes.contrib import rewrite_contrib
 from passes.fold import Folder
 from passes.unfold import hopeless, unfold
 
@@ -75,6 +76,7 @@ def prepare(model: ir.Model) -> None:
     library.ClearMetadataAndDocStringPass()(model)  # exporters leave stack traces and paths of their host
     library.RemoveInitializersFromInputsPass()(model)
     library.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    rewrite_contrib(model)
     library.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
     for node in model.graph:

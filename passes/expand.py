@@ -171,7 +171,8 @@ class _Expansion:
     def _settle(self, emitter: Emitter, node: ir.Node, rank: int, results: Sequence[str]) -> None:
         """Let a rank's results be its shards of the node's outputs."""
         for value, result in zip(node.outputs, results, strict=False):
-            self._bind(value, rank, result)
+            if result:
+                self._bind(value, rank, result)
         if results:
             emitter.name_main(f"{node.name}@{rank}")
         self._place(emitter, rank)
@@ -185,12 +186,13 @@ class _Expansion:
         for index, value in enumerate(node.inputs):
             box = None if value is None else input_box(node, index, outs, self.places[rank])
             boxes.append(box)
-            names.append(self._read(value, rank, box) if value is not None and box and all(outs) else None)
-        if not all(outs) or (dialect.get_partial(node) and not boxes[0]):
+            names.append(self._read(value, rank, box) if value is not None and box and any(outs) else None)
+        if not any(outs) or (dialect.get_partial(node) and not boxes[0]):
             return ()
         results = operator.emit(emitter, names, boxes, outs)
         own = {str(value.name) for made in emitter.nodes for value in made.outputs}
-        return [name if name in own else emitter.op("Identity", [name]) for name in results]
+        return [name if name in own or not out else emitter.op("Identity", [name])
+                for name, out in zip(results, outs, strict=True)]
 
     def _read(self, value: ir.Value, rank: int, box: Box) -> str:
         """The cells of a value that a node reads: all that the rank holds, or a part cut out of it."""

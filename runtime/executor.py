@@ -179,7 +179,10 @@ def compute(shard: Shard, action: Compute) -> None:
     place = None if into is None else view(into, window)
     results = action.operator.run(Call(tensors, boxes, outs, place if action.operator.writes_into else None))
     for target, result in zip(action.writes[1:], results[1:], strict=False):
-        shard.buffers[target.buffer] = result
+        if shard.has_room(target):
+            view(shard.allocate(target.buffer), target).copy_(result)
+        else:
+            shard.buffers[target.buffer] = result
     if place is None:
         shard.buffers[window.buffer] = results[0]
     elif not action.operator.writes_into:

@@ -14,7 +14,8 @@ from partitioner.ops import registered
 from partitioner.ops.base import Array, Example
 from tests.reference import evaluate
 
-WEIGHTED = {"Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "Gemm"}
+WEIGHTED = {"ConvInteger", "QLinearConv",
+            "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "Gemm"}
 """Operators whose inputs after the first are weights: initialisers in every exported file."""
 
 

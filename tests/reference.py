@@ -209,7 +209,8 @@ def window_cells(n: int, k: int, s: int, d: int, pads: tuple[int, int], ceil_mod
     return found
 
 
-def _pool_axes(node: Node, x: Array) -> tuple[list[list[list[int]]], list[tuple[int, int]]]:
+def pool_axes(node: Node, x: Array) -> tuple[list[list[list[int]]], list[tuple[int, int]]]:
+    """The cells under every window along each spatial axis, and the padding."""
     kernel = node.get("kernel_shape")
     count = len(kernel)
     strides, dilations = node.get("strides", [1] * count), node.get("dilations", [1] * count)
@@ -218,19 +219,10 @@ def _pool_axes(node: Node, x: Array) -> tuple[list[list[list[int]]], list[tuple[
             zip(x.shape[2:], kernel, strides, dilations, pads, strict=True)], pads
 
 
-@rule("MaxPool")
-def max_pool(node: Node, xs: list[Any]) -> Array:
-    x = xs[0]
-    for axis, rows in enumerate(_pool_axes(node, x)[0]):
-        n = x.shape[axis + 2]
-        x = np.stack([np.take(x, [c for c in row if 0 <= c < n], axis + 2).max(axis + 2) for row in rows], axis + 2)
-    return x
-
-
 @rule("AveragePool")
 def average_pool(node: Node, xs: list[Any]) -> Array:
     x = xs[0]
-    axes, pads = _pool_axes(node, x)
+    axes, pads = pool_axes(node, x)
     include = bool(node.get("count_include_pad", 0))
     for axis, (rows, (lo, hi)) in enumerate(zip(axes, pads, strict=True)):
         n = x.shape[axis + 2]
@@ -278,17 +270,6 @@ def softmax(node: Node, xs: list[Any]) -> Array:
     shifted = x - x.max(axes, keepdims=True)
     total = np.exp(shifted).sum(axes, keepdims=True)
     return np.exp(shifted) / total if node.op == "Softmax" else shifted - np.log(total)
-
-
-@rule("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin")
-def reduce(node: Node, xs: list[Any]) -> Array:
-    x, given = xs[0], node.ints("axes", xs, 1)
-    if not given and node.get("noop_with_empty_axes", 0):
-        return x
-    axes = tuple(a % x.ndim for a in given) if given else tuple(range(x.ndim))
-    function = {"ReduceSum": np.sum, "ReduceMean": np.mean, "ReduceMax": np.max, "ReduceMin": np.min}[node.op]
-    found = function(x, axis=axes, keepdims=bool(node.get("keepdims", 1)))
-    return np.trunc(found).astype(x.dtype) if x.dtype.kind == "i" else found
 
 
 @rule("Gemm")
@@ -393,3 +374,9 @@ def constant_of_shape(node: Node, xs: list[Any]) -> Array:
 @rule("Shape")
 def shape(node: Node, xs: list[Any]) -> Array:
     return np.array(xs[0].shape[node.get("start", 0) : node.get("end")], np.int64)
+
+
+import tests.reference_index  # noqa: E402
+import tests.reference_norms  # noqa: E402  registers its rules
+import tests.reference_pools  # noqa: E402
+import tests.reference_quantized  # noqa: E402, F401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,10 @@ def resize(op: str, version: int, attributes: Mapping[str, Any], xs: Sequence[An
         if scale == 1:
             continue
         bounds = (roi[i], roi[i + len(axes)])
-        rows = _rows(mode, n, size, scale, bounds, nearest, rounding)
+        taps = None if nearest else _filter(attributes)
+        kept = bool(attributes.get("antialias", 0)) and size == n  # then onnxruntime only blanks what is outside
+        rows = _rows(mode, n, size, scale, bounds, taps, rounding)
+        rows = [{i: 1.0} if kept and row is not None else row for i, row in enumerate(rows)]
         x = _apply(x, axis, rows, attributes.get("extrapolation_value", 0.0))
     return x
 
@@ -57,7 +60,36 @@ def _from_sizes(policy: str, shape: Sequence[int], axes: Sequence[int], given: A
     return [ratio] * len(axes), [math.floor(ratio * np.float32(shape[a]) + np.float32(0.5)) for a in axes]
 
 
-def _rows(mode: str, n: int, size: int, scale: np.float32, roi: tuple[float, float], nearest: bool,
+Taps = Callable[[float, int, float], dict[int, float]]
+
+
+def _filter(attributes: Mapping[str, Any]) -> Taps:
+    """(coordinate, extent, scale) -> the weight of every cell, from a filter sampled at the cells around."""
+    cubic, outside = attributes.get("mode") == "cubic", not attributes.get("exclude_outside", 0)
+    a, smooth = attributes.get("cubic_coeff_a", -0.75), attributes.get("antialias", 0)
+
+    def weigh(distance: float) -> float:
+        d = abs(distance)
+        if not cubic:
+            return max(0.0, 1 - d)
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    def taps(x: float, n: int, scale: float) -> dict[int, float]:
+        width = 1 / scale if smooth and scale < 1 else 1.0
+        reach = math.ceil(2 * width) + 1
+        found: dict[int, float] = {}
+        for cell in range(math.floor(x) - reach, math.floor(x) + reach + 2):
+            if outside or 0 <= cell < n:
+                near = min(max(cell, 0), n - 1)
+                found[near] = found.get(near, 0.0) + weigh((cell - x) / width)
+        return {cell: w / sum(found.values()) for cell, w in found.items()}
+
+    return taps
+
+
+def _rows(mode: str, n: int, size: int, scale: np.float32, roi: tuple[float, float], taps: Taps | None,
           rounding: str) -> list[dict[int, float] | None]:
     """Per output cell the weight of every input cell; None outside a cropped region."""
     rows: list[dict[int, float] | None] = []
@@ -66,11 +98,11 @@ def _rows(mode: str, n: int, size: int, scale: np.float32, roi: tuple[float, flo
         coarse = float(_coordinate(np.float32, mode, i, n, size, scale, roi))
         if mode == "tf_crop_and_resize" and not 0 <= coarse <= n - 1:
             rows.append(None)
-        elif nearest:
+        elif taps is None:
             rows.append({_nearest(coarse, n, rounding, float(scale)): 1.0})
         else:
             exact = size / n if np.float32(size) / np.float32(n) == scale else float(scale)
-            rows.append(_linear(float(_coordinate(np.float64, mode, i, n, size, exact, roi)), n))
+            rows.append(taps(float(_coordinate(np.float64, mode, i, n, size, exact, roi)), n, exact))
     return rows
 
 
@@ -107,13 +139,6 @@ def _nearest(x: float, n: int, rounding: str, scale: float) -> int:
         "simple": math.ceil(x) if scale < 1 else int(x),
     }[rounding]
     return min(max(cell, 0), n - 1)
-
-
-def _linear(x: float, n: int) -> dict[int, float]:
-    x = min(max(x, 0.0), n - 1.0)
-    low = math.floor(x)
-    high = min(low + 1, n - 1)
-    return {low: 1.0} if low == high else {low: 1 - (x - low), high: x - low}
 
 
 def _apply(x: Array, axis: int, rows: Sequence[dict[int, float] | None], outside: float) -> Array:

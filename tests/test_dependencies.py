@@ -61,7 +61,6 @@ WHOLE_ON_PURPOSE: dict[tuple[str, int, int | None], str] = {
     ("GroupNormalization", 1, 0): WEIGHTS,
     ("GroupNormalization", 2, 0): WEIGHTS,
     ("ReverseSequence", 0, None): "how far a sequence is reversed is data, and differs from case to case",
-    ("Split", 0, None): "the parts lie along the axis one after the other: one piece of it serves no part evenly",
 }
 """(operator, input, axis or None for all axes) declared whole though its dependence is local, and why."""
 

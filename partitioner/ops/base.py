@@ -306,7 +306,10 @@ class Operator(ABC):
 
         Args:
             names: per input; None when it is not given, was consumed by `read`, or has no cell here.
-            boxes: the global cells that each input holds, as in `Call`; all `outs` have cells.
+            boxes: the global cells that each input holds, as in `Call`; some of `outs` have cells.
+
+        Returns:
+            names per output; "" where it has no cell.
         """
         return emitter.same(names, len(outs))
 

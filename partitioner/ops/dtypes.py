@@ -23,6 +23,9 @@ _TORCH_NAMES = {
     ir.DataType.INT16: "int16",
     ir.DataType.INT8: "int8",
     ir.DataType.UINT8: "uint8",
+    ir.DataType.UINT16: "uint16",
+    ir.DataType.UINT32: "uint32",
+    ir.DataType.UINT64: "uint64",
     ir.DataType.BOOL: "bool",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
@@ -203,6 +204,13 @@ def _union(left: Layout, right: Layout) -> Layout:
     return Layout(left.shape, tuple(axes))
 
 
+def _joined(left: Box, right: Box) -> Box:
+    """The smallest box that holds both."""
+    if not left or not right:
+        return right if not left else left
+    return Box(tuple(union(p, q) for p, q in zip(left.axes, right.axes, strict=True)))
+
+
 def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], here: Mapping[str, int]) -> Box | None:
     """The cells of an input that local output boxes need; the reduced axes of a partial as they are owned.
 
@@ -216,7 +224,7 @@ def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], here: Mapping[st
             found.append(Box(tuple(need_pieces(need, out) for need in needs)))
     if not found:
         return None
-    box = max(found, key=lambda b: b.size)
+    box = functools.reduce(_joined, found)
     if not dialect.get_partial(node):
         return box
     axes = list(box.axes)

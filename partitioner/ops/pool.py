@@ -22,6 +22,7 @@ from partitioner.ops.windows import (
     pad_explicitly,
     plan_border,
     read_windows,
+    strided_taps,
     window_needs,
 )
 
@@ -90,9 +91,12 @@ def lowest(dtype: torch.dtype) -> float:
 @register
 @dataclass(frozen=True)
 class MaxPool(Pool):
-    """Maximum over windows; padding never wins.
+    """Maximum over windows; padding never wins.  Indices are flat positions in the whole input, as global cells say.
 
-    Source: ONNX MaxPool (1, 8, 10, 11, 12, 22), without its Indices output.
+    Source: ONNX MaxPool (1, 8, 10, 11, 12, 22).
+
+    Args:
+        column_major: whether indices count the spatial axes from the first one on (storage_order 1).
     """
 
     op_types: ClassVar[tuple[str, ...]] = ("MaxPool",)
@@ -103,27 +107,86 @@ class MaxPool(Pool):
         Example("MaxPool", ((1, 2, 10),), {"kernel_shape": [3], "strides": [2], "ceil_mode": 1}),
         Example("MaxPool", ((1, 2, 9),), {"kernel_shape": [3], "pads": [1, 2]}, dtype=ir.DataType.INT8),
         Example("MaxPool", ((2, 1, 9, 10),), {"kernel_shape": [3, 2], "auto_pad": "SAME_LOWER"}, outputs=2),
+        Example("MaxPool", ((1, 3, 23, 21),), {"kernel_shape": [3, 2], "dilations": [2, 1]}, dtype=ir.DataType.UINT8),
+        Example("MaxPool", ((1, 1, 7, 8, 9),), {"kernel_shape": [2, 3, 2], "strides": [1, 2, 1], "pads": [1] * 6},
+                dtype=ir.DataType.INT8),
+        Example("MaxPool", ((2, 3, 13),), {"kernel_shape": [3], "strides": [2], "pads": [1, 1]}, outputs=2, checked=2),
+        Example("MaxPool", ((2, 3, 9, 11),), {"kernel_shape": [3, 4], "strides": [2, 3], "pads": [2, 0, 1, 3]},
+                outputs=2, checked=2, opset=11),
+        Example("MaxPool", ((2, 3, 9, 7),), {"kernel_shape": [3, 2], "storage_order": 1, "dilations": [2, 3]},
+                outputs=2, checked=2, opset=12),
+        Example("MaxPool", ((1, 2, 7, 8, 9),), {"kernel_shape": [2, 2, 3], "strides": [2, 2, 2], "ceil_mode": 1,
+                                                "storage_order": 1}, outputs=2, checked=2),
+        Example("MaxPool", ((2, 3, 9, 7),), {"kernel_shape": [2, 2]}, outputs=2, checked=2, dtype=ir.DataType.UINT8),
     )
+
+    column_major: bool = False
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
-        if len(view.used_outputs) > 1 and view.used_outputs[1]:
-            raise Unsupported("its Indices output is used; export the network with an interpolating upsampling")
         outputs, windows, ends = _read_pool(view)
-        return cls(view.inputs, outputs, windows, ends)
+        if len(view.used_outputs) > 1 and view.used_outputs[1]:
+            outputs = (*outputs, TensorType(outputs[0].shape, ir.DataType.INT64))
+        return cls(view.inputs, outputs, windows, ends, bool(view.int("storage_order", 0)))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        data = call.tensor(0)
+        if len(self.outputs) > 1:
+            return self._with_indices(call)
+        if not data.is_floating_point():  # torch's own counts cells in the element type itself
+            return (self._integer_maximum(call),)
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o, limit=w.kernel // 2)
                    for w, h, o in zip(self.windows, held, outs, strict=True)]
-        data = pad_explicitly(call.tensor(0), borders, lowest(call.tensor(0).dtype))
+        data = pad_explicitly(data, borders, lowest(data.dtype))
         kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]
         padding, dilation = [b.kernel_pad for b in borders], [w.dilation for w in self.windows]
-        if len(outs) == 1 and not data.is_floating_point():  # max_pool1d knows no integers
-            flat = functional.max_pool2d(data.unsqueeze(2), [1, *kernel], [1, *stride], [0, *padding], [1, *dilation])
-            return (crop_outputs(flat.squeeze(2), borders, outs),)
         pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(outs) - 1]
         return (crop_outputs(pool(data, kernel, stride, padding, dilation), borders, outs),)
+
+    def _integer_maximum(self, call: Call) -> torch.Tensor:
+        """Maxima tap by tap, axis by axis."""
+        data, outs = call.tensor(0), call.outs[0].intervals()[2:]
+        for axis, (window, have, out) in enumerate(zip(self.windows, call.box(0).intervals()[2:], outs, strict=True)):
+            amounts = [0, 0] * (len(outs) - 1 - axis) + list(local_padding(window, have, out))
+            data = functional.pad(data, amounts, value=lowest(data.dtype))
+            taps = strided_taps(data, axis + 2, window, len(out))
+            data = taps[0].clone()
+            for tap in taps[1:]:
+                torch.maximum(data, tap, out=data)
+        return data
+
+    def _with_indices(self, call: Call) -> tuple[torch.Tensor, ...]:
+        held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
+        kind = call.tensor(0).dtype
+        data = call.tensor(0) if kind.is_floating_point else call.tensor(0).to(torch.float64)
+        pads = [local_padding(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True)]
+        data = functional.pad(data, [p for pair in reversed(pads) for p in pair], value=float("-inf"))
+        kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]
+        pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(outs) - 1]
+        found, local = pool(data, kernel, stride, 0, [w.dilation for w in self.windows], return_indices=True)
+        origin = [h.start - lo for h, (lo, _) in zip(held, pads, strict=True)]
+        return found.to(kind), self._global_indices(local, data.shape[2:], origin, call.outs[0])
+
+    def _global_indices(self, local: torch.Tensor, extents: Sequence[int], origin: Sequence[int],
+                        out: Box) -> torch.Tensor:
+        """Positions in the whole input from those in one channel's local cells, which begin at `origin`."""
+        steps, (plane, case) = self._steps()
+        cells, channels = out.intervals()[0], out.intervals()[1]
+        result = torch.zeros_like(local)
+        for n, step, start in reversed(list(zip(extents, steps, origin, strict=True))):
+            result += (local % n + start) * step
+            local = torch.div(local, n, rounding_mode="floor")
+        lead = [1] * len(extents)
+        result += (torch.arange(channels.start, channels.stop, device=local.device) * plane).reshape(1, -1, *lead)
+        return result + (torch.arange(cells.start, cells.stop, device=local.device) * case).reshape(-1, 1, *lead)
+
+    def _steps(self) -> tuple[list[int], tuple[int, int]]:
+        """How far apart in the flat input neighbours along each spatial axis are; and channels, and cases."""
+        extents = [w.n_in for w in self.windows]
+        count = len(extents)
+        steps = [math.prod(extents[:a] if self.column_major else extents[a + 1 :]) for a in range(count)]
+        return steps, (math.prod(extents), math.prod(extents) * self.outputs[0].shape[1])
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
@@ -131,14 +194,38 @@ class MaxPool(Pool):
         assert box is not None and name is not None
         lo, hi = self._local_pads(box, outs[0])
         if self._node_pads(lo, hi):
-            return emitter.same([name], 1, {"pads": [*lo, *hi]}, drop=("auto_pad", "ceil_mode"))
-        info = self.outputs[0].dtype
-        if info.is_floating_point():
-            fill = np.asarray(-np.inf, info.numpy())
+            told, extents, origin = [*lo, *hi], box.shape[2:], [h.start for h in box.intervals()[2:]]
         else:
-            fill = np.asarray(np.iinfo(info.numpy()).min, info.numpy())
-        padded = emitter.pad(name, [0, 0, *lo], [0, 0, *hi], fill)
-        return emitter.same([padded], 1, {"pads": [0] * len(lo + hi)}, drop=("auto_pad", "ceil_mode"))
+            info = self.outputs[0].dtype
+            least = -np.inf if info.is_floating_point() else np.iinfo(info.numpy()).min
+            name = emitter.pad(name, [0, 0, *lo], [0, 0, *hi], np.asarray(least, info.numpy()))
+            told = [0] * len(lo + hi)
+            extents = tuple(a + n + b for a, n, b in zip(lo, box.shape[2:], hi, strict=True))
+            origin = [h.start - a for h, a in zip(box.intervals()[2:], lo, strict=True)]
+        found = emitter.same([name], len(outs), {"pads": told}, drop=("auto_pad", "ceil_mode", "storage_order"))
+        if len(outs) == 1:
+            return found
+        return found[0], self._emit_indices(emitter, found[1], extents, origin, outs[1])
+
+    def _emit_indices(self, emitter: Emitter, local: str, extents: Sequence[int], origin: Sequence[int],
+                      out: Box) -> str:
+        """`_global_indices` as nodes; the local indices count channels and cases too, which comes off first."""
+        steps, (plane, case) = self._steps()
+        shape, (cells, channels) = out.shape, out.intervals()[:2]
+        size, lead = math.prod(extents), [1] * len(extents)
+        first = (np.arange(shape[0])[:, None] * shape[1] + np.arange(shape[1])) * size
+        start = np.arange(cells.start, cells.stop)[:, None] * case + np.arange(channels.start, channels.stop) * plane
+        rest = emitter.op("Sub", [local, emitter.constant(first.reshape(*shape[:2], *lead))])
+        result = emitter.constant(start.reshape(*shape[:2], *lead))
+        for n, step, begin in reversed(list(zip(extents, steps, origin, strict=True))):
+            length = emitter.constant(np.asarray(n, np.int64))
+            outer = emitter.op("Div", [rest, length])
+            inner = emitter.op("Sub", [rest, emitter.op("Mul", [outer, length])])
+            place = emitter.op("Add", [inner, emitter.constant(np.asarray(begin, np.int64))])
+            far = emitter.op("Mul", [place, emitter.constant(np.asarray(step, np.int64))])
+            result = emitter.op("Add", [result, far])
+            rest = outer
+        return result
 
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
         # torch's max pools compute int64 indices whether asked or not
@@ -211,11 +298,7 @@ class AveragePool(Pool):
             lo, hi = local_padding(window, have, out)
             amounts = [0, 0] * (len(outs) - 1 - axis) + [lo, hi]
             data = functional.pad(data, amounts)
-            reach = (len(out) - 1) * window.stride + 1
-            taps = [data.narrow(axis + 2, t * window.dilation, reach) for t in range(window.kernel)]
-            index = [slice(None)] * data.dim()
-            index[axis + 2] = slice(None, None, window.stride)
-            data = torch.stack([tap[tuple(index)] for tap in taps]).sum(0)
+            data = torch.stack(strided_taps(data, axis + 2, window, len(out))).sum(0)
         return data
 
     def _counts(self, axis: int, out: Interval) -> list[int]:

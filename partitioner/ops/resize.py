@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from partitioner.geometry import Box, Interval, Pieces
-from partitioner.maps import Taps, identity
+from partitioner.maps import identity
 from partitioner.ops.base import (
     Array,
     Call,
@@ -27,6 +27,7 @@ from partitioner.ops.base import (
     WrongExtents,
 )
 from partitioner.ops.registry import register
+from partitioner.ops.resampling import Interpolation, Resampling, resample
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 else:
     from partitioner.lazy import torch
 
-_TIE = 1e-6
-"""How near to the middle of two cells onnxruntime lets `nearest_mode` decide."""
-
 _NEAREST_MODES = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil", "simple")
 _COORDINATES = (
     "half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric",
@@ -45,26 +43,10 @@ _COORDINATES = (
 )
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """One resized axis: output cell i is the sum of weights[i][t] * input cell map.rows[i][t].
-
-    A row of no taps lies outside a cropped region and takes the extrapolation value.
-    """
-
-    map: Taps
-    weights: tuple[tuple[float, ...], ...]
-
-    @property
-    def copies(self) -> bool:
-        """Whether every output is a copy of one input cell."""
-        return all(len(row) == 1 for row in self.weights)
-
-
 @register
 @dataclass(frozen=True)
 class Resize(Operator):
-    """Interpolation to other extents, nearest or linear, in every coordinate mode.
+    """Interpolation to other extents, nearest, linear or cubic, antialiased or not, in every coordinate mode.
 
     Source: ONNX Resize (10, 11, 13, 18, 19), Upsample (7, 9).
     """
@@ -79,6 +61,27 @@ class Resize(Operator):
                 {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
         Example("Resize", ((1, 2, 9), None, None, np.array([1, 2, 4], np.int64)),
                 {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}),
+        Example("Resize", ((2, 1, 7, 5), np.zeros(0, np.float32), np.array([1, 1, 1.7, 0.6], np.float32)),
+                {"mode": "cubic"}, opset=11),
+        Example("Resize", ((1, 1, 7, 9), None, None, np.array([1, 1, 12, 5], np.int64)),
+                {"mode": "cubic", "exclude_outside": 1, "cubic_coeff_a": -0.5}, opset=13),
+        Example("Resize", ((1, 1, 7, 9), None, None, np.array([12, 5], np.int64)),
+                {"mode": "cubic", "coordinate_transformation_mode": "align_corners", "axes": [2, 3]}),
+        Example("Resize", ((1, 2, 11, 9), None, None, np.array([1, 2, 4, 12], np.int64)),
+                {"mode": "linear", "antialias": 1}),
+        Example("Resize", ((1, 1, 7, 8, 9), None, None, np.array([1, 1, 4, 3, 11], np.int64)),
+                {"mode": "linear", "antialias": 1, "exclude_outside": 1}, opset=19),
+        Example("Resize", ((1, 1, 13, 11), None, np.array([1, 1, 0.37, 0.6], np.float32)),
+                {"mode": "cubic", "antialias": 1}, opset=19),
+        Example("Resize", ((1, 1, 9, 11), None, None, np.array([1, 1, 4, 15], np.int64)),
+                {"mode": "cubic", "antialias": 1, "exclude_outside": 1, "cubic_coeff_a": -0.5}),
+        Example("Resize", ((1, 1, 9, 11), np.array([0, 0, 0.2, -0.1, 1, 1, 0.7, 0.8], np.float32), None,
+                           np.array([1, 1, 6, 8], np.int64)),
+                {"mode": "cubic", "coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 3.0}),
+        Example("Resize", ((1, 1, 9, 11), None, None, np.array([6, 20], np.int64)),
+                {"mode": "linear", "axes": [2, 3], "keep_aspect_ratio_policy": "not_larger"}),
+        Example("Resize", ((1, 1, 9, 11), None, None, np.array([6, 20], np.int64)),
+                {"mode": "nearest", "axes": [3, 2], "keep_aspect_ratio_policy": "not_smaller"}),
         Example("Upsample", ((1, 2, 5, 4), np.array([1, 1, 2, 3], np.float32)), {"mode": "linear"}, opset=9),
         Example("Upsample", ((1, 2, 5, 4),), {"mode": "nearest", "scales": [1.0, 1.0, 2.0, 2.0]}, opset=7),
     )
@@ -91,11 +94,12 @@ class Resize(Operator):
         data = view.input(0)
         _refuse_unknown(view)
         extents, scales = _read_target(view, data)
+        _refuse_cubic(view, scales)
         roi = _read_roi(view, data.rank)
-        same = extents == data.shape  # onnxruntime then copies, and never touches an axis of scale 1
-        axes = tuple(
+        how, same = Interpolation.read(view), extents == data.shape
+        axes = tuple(  # onnxruntime copies when no extent changes, and never touches an axis of scale 1
             None if same or scale == 1.0
-            else _resample(view, n, out, scale, (0.0, 1.0) if roi is None else roi[a])
+            else resample(how, n, out, scale, (0.0, 1.0) if roi is None else roi[a])
             for a, (n, out, scale) in enumerate(zip(data.shape, extents, scales, strict=True))
         )
         return cls(view.inputs, (TensorType(extents, data.dtype),), axes, view.float("extrapolation_value", 0.0))
@@ -204,16 +208,25 @@ def local_positions(held: Pieces) -> dict[int, int]:
 
 def _refuse_unknown(view: NodeView) -> None:
     mode = view.text("mode", "nearest")
-    if mode not in ("nearest", "linear"):
-        raise Unsupported(f"interpolation mode '{mode}' has no sharded rule; export with nearest or linear")
+    if mode not in ("nearest", "linear", "cubic"):
+        raise Unsupported(f"interpolation mode '{mode}' is unknown; correct the file")
     if view.text("coordinate_transformation_mode", "half_pixel") not in _COORDINATES:
         raise Unsupported("its coordinate_transformation_mode is unknown; correct the file")
     if view.text("nearest_mode", "round_prefer_floor") not in _NEAREST_MODES:
         raise Unsupported("its nearest_mode is unknown; correct the file")
-    if mode == "linear" and not view.input(0).dtype.is_floating_point():
-        raise Unsupported("linear interpolation of integers rounds as each runtime likes; cast to float first")
-    if view.int("antialias", 0):
-        raise Unsupported("antialiased interpolation has no sharded rule; export without antialias")
+    if mode != "nearest" and not view.input(0).dtype.is_floating_point():
+        raise Unsupported(f"{mode} interpolation of integers rounds as each runtime likes; cast to float first")
+    if view.int("antialias", 0) and mode == "nearest":
+        raise Unsupported("nearest neighbours are not antialiased; correct the file")
+    if view.int("exclude_outside", 0) and mode != "cubic" and not (mode == "linear" and view.int("antialias", 0)):
+        raise Unsupported("exclude_outside is for cubic or antialiased interpolation only; export without it")
+
+
+def _refuse_cubic(view: NodeView, scales: Sequence[float]) -> None:
+    image = len(scales) == 2 or (len(scales) == 4 and scales[0] == scales[1] == 1)
+    if view.text("mode", "nearest") == "cubic" and not image:
+        raise Unsupported("onnxruntime interpolates images by cubics only, of two axes, or four with a batch and a "
+                          "channel; export with linear")
 
 
 def _axes(view: NodeView, rank: int) -> tuple[int, ...]:
@@ -257,6 +270,9 @@ def _from_sizes(view: NodeView, data: TensorType, axes: Sequence[int],
     if len(sizes) != len(axes) or min(sizes) < 1:
         raise WrongExtents(f"sizes {list(sizes)} do not fit its input of {data.rank} axes; use a larger volume")
     ratios = [float(np.float32(size) / np.float32(data.shape[a])) for size, a in zip(sizes, axes, strict=True)]
+    if policy != "stretch" and any(a < 0 for a in view.ints("axes") or ()):
+        raise Unsupported("with negative axes onnxruntime leaves the extents as they are, whatever its "
+                          "keep_aspect_ratio_policy; count the axes from the first one")
     if policy != "stretch":
         ratio = min(ratios) if policy == "not_larger" else max(ratios)
         ratios = [ratio] * len(axes)
@@ -277,79 +293,3 @@ def _read_roi(view: NodeView, rank: int) -> list[tuple[float, float]] | None:
     starts = _scatter(flat[: len(axes)], axes, [0.0] * rank)
     ends = _scatter(flat[len(axes) :], axes, [1.0] * rank)
     return list(zip(starts, ends, strict=True))
-
-
-def _resample(view: NodeView, n: int, out: int, scale: float, roi: tuple[float, float]) -> Resampling:
-    legacy = view.op_type == "Upsample" or view.version < 11
-    coordinate = "asymmetric" if legacy else view.text("coordinate_transformation_mode", "half_pixel")
-    nearest = view.text("mode", "nearest") == "nearest"
-    rounding = "simple" if legacy else view.text("nearest_mode", "round_prefer_floor")
-    # onnxruntime picks the nearest cell from float32 coordinates; a weight is better from float64 ones
-    number = np.float32 if nearest else np.float64
-    exact = scale if nearest or abs(scale * n - out) >= 1 else _exact_scale(scale, n, out)
-    rows: list[tuple[int, ...]] = []
-    weights: list[tuple[float, ...]] = []
-    positions = _coordinates(coordinate, n, out, exact, roi, number)
-    for position, coarse in zip(positions, _coordinates(coordinate, n, out, scale, roi, np.float32), strict=True):
-        if coordinate == "tf_crop_and_resize" and not 0 <= coarse <= n - 1:
-            rows.append(())
-            weights.append(())
-            continue
-        row, weight = _nearest(position, n, rounding, scale) if nearest else _linear(position, n)
-        rows.append(row)
-        weights.append(weight)
-    return Resampling(Taps(n, out, tuple(rows)), tuple(weights))
-
-
-def _exact_scale(scale: float, n: int, out: int) -> float:
-    """out / n when the float32 scale is its rounding, else the scale itself."""
-    return out / n if float(np.float32(out) / np.float32(n)) == scale else scale
-
-
-def _coordinates(mode: str, n: int, out: int, scale: float, roi: tuple[float, float],
-                 number: type[np.floating]) -> list[float]:
-    i = np.arange(out).astype(number)
-    half, one = number(0.5), number(scale)
-    if mode == "asymmetric":
-        x = i / one
-    elif mode == "align_corners":
-        x = i * number(n - 1) / number(out - 1) if out > 1 else np.zeros(out, number)
-    elif mode == "pytorch_half_pixel":
-        x = (i + half) / one - half if out > 1 else np.zeros(out, number)
-    elif mode == "tf_half_pixel_for_nn":
-        x = (i + half) / one
-    elif mode == "tf_crop_and_resize":
-        start, stop = number(roi[0]), number(roi[1])
-        if out > 1:
-            x = start * number(n - 1) + (i * (stop - start) * number(n - 1)) / number(out - 1)
-        else:
-            x = np.full(out, 0.5 * float(start + stop) * (n - 1), number)
-    elif mode == "half_pixel_symmetric":
-        adjustment = number(out) / (one * number(n))
-        offset = number(n) / number(2) * (number(1) - adjustment)
-        x = (offset + (np.arange(out) + 0.5) / scale - 0.5).astype(number)  # in float64 in onnxruntime, too
-    else:
-        x = (i + half) / one - half
-    return [float(v) for v in x]
-
-
-def _nearest(x: float, n: int, rounding: str, scale: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    if rounding == "simple":
-        cell = math.ceil(x) if scale < 1 else int(x)
-    elif rounding == "floor":
-        cell = math.floor(x)
-    elif rounding == "ceil":
-        cell = math.ceil(x)
-    elif abs(x - math.floor(x) - 0.5) < _TIE:
-        cell = math.ceil(x) if rounding == "round_prefer_ceil" else math.floor(x)
-    else:
-        cell = math.floor(x + 0.5)
-    return (min(max(cell, 0), n - 1),), (1.0,)
-
-
-def _linear(x: float, n: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    x = min(max(x, 0.0), float(n - 1))
-    low = min(int(x), n - 1)
-    if low == n - 1 or x == low:
-        return (low,), (1.0,)
-    return (low, low + 1), (low + 1 - x, x - low)

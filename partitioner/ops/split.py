@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner.geometry import Box
-from partitioner.maps import Whole, identity
+from partitioner.maps import Shift, identity
 from partitioner.ops.base import (
     Call,
     Example,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Split(Operator):
-    """Parts of a tensor along an axis, which is gathered first; the other axes stay as they are cut.
+    """Parts of a tensor along an axis: each is the tensor moved to its own start.
 
     Source: ONNX Split (2, 11, 13, 18).
     """
@@ -70,17 +70,37 @@ class Split(Operator):
     def needs(self, output: int = 0) -> Needs:
         data, out = self.inputs[0], self.outputs[output].shape
         assert data is not None
-        own = tuple(Need(None, Whole(n, out[a])) if a == self.axis else Need(a, identity(n))
+        own = tuple(Need(a, Shift(n, out[a], self.starts[output]) if a == self.axis else identity(n))
                     for a, n in enumerate(data.shape))
         return (own, *(None for _ in self.inputs[1:]))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        parts = zip(self.starts, call.outs, strict=True)
-        return tuple(call.tensor(0).narrow(self.axis, start, out.shape[self.axis]).clone() for start, out in parts)
+        x, held = call.tensor(0), call.box(0)
+        return tuple(self._part(x, held, i, out) for i, out in enumerate(call.outs))
+
+    def _part(self, x: torch.Tensor, held: Box, index: int, out: Box) -> torch.Tensor:
+        if not out:
+            return x.new_empty(out.shape)
+        start, stop = self._cells(held, index, out)
+        return x.narrow(self.axis, start, stop - start).clone()
+
+    def _cells(self, held: Box, index: int, out: Box) -> tuple[int, int]:
+        """Where a part's cells lie among those held, which may come in pieces."""
+        wanted = Shift(self._extent, self.outputs[index].shape[self.axis], self.starts[index])
+        (cells,) = wanted.needed_by(out.axes[self.axis])
+        before = sum(min(i.stop, cells.start) - i.start for i in held.axes[self.axis] if i.start < cells.start)
+        return before, before + len(cells)
+
+    @property
+    def _extent(self) -> int:
+        return sum(output.shape[self.axis] for output in self.outputs)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
-        return emitter.same(names, len(outs))
+        name, held = names[0], boxes[0]
+        assert name is not None and held is not None
+        return tuple(emitter.crop(name, {self.axis: self._cells(held, i, out)}) if out else ""
+                     for i, out in enumerate(outs))
 
     def flops(self, out: float) -> float:
         return 0.0

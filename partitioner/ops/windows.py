@@ -145,3 +145,14 @@ def crop_outputs(tensor: torch.Tensor, borders: Sequence[Border], outs: Sequence
         if tensor.shape[axis + 2] != len(out):
             tensor = tensor.narrow(axis + 2, border.skip, len(out))
     return tensor
+
+
+def strided_taps(tensor: torch.Tensor, axis: int, window: Window, count: int) -> list[torch.Tensor]:
+    """Per tap of a window the cells that it reads for the first `count` outputs, of a tensor padded before."""
+    index = [slice(None)] * tensor.dim()
+    found: list[torch.Tensor] = []
+    for tap in range(window.kernel):
+        first = tap * window.dilation
+        index[axis] = slice(first, first + (count - 1) * window.stride + 1, window.stride)
+        found.append(tensor[tuple(index)])
+    return found
