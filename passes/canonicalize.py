@@ -20,14 +20,14 @@ import onnx_ir.passes.common as library
 
 from partitioner import dialect
 from partitioner.errors import ShapeError, refuse_all
-from partitioner.ops.base import Unsupported, WrongExtents
+from partitioner.ops.base import NothingLeft, Unsupported, WrongExtents
 from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.opaque import Opaque
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.contrib import rewrite_contrib
 from passes.fold import Folder
-from passes.unfold import hopeless, unfold
+from passes.unfold import hopeless, leave_out, unfold
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -204,7 +204,12 @@ def _visit(model: ir.Model, node: ir.Node, folder: Folder, strict: bool) -> list
     others = unfold(model, node, folder)
     if others is not None:
         return others
-    operator = operator_of(node)
+    try:
+        operator = operator_of(node)
+    except NothingLeft:
+        if leave_out(node):
+            return []
+        raise
     if strict and isinstance(operator, Opaque):
         raise Unsupported("it has no sharded rule and would run replicated; leave --strict out to have it gathered")
     for value, found in zip(node.outputs, operator.outputs, strict=False):

@@ -58,6 +58,22 @@ def unfold(model: ir.Model, node: ir.Node, folder: Folder) -> list[ir.Node] | No
     return splice(model.graph, node, body)
 
 
+def leave_out(node: ir.Node) -> bool:
+    """Take a result without cells out of the concatenations that read it (a roll by zero); whether that is all."""
+    (value,) = node.outputs
+    readers = [use.node for use in value.uses()]
+    if value.is_graph_output() or any(reader.op_type != "Concat" or reader.domain for reader in readers):
+        return False
+    if any(all(v is value for v in reader.inputs) for reader in readers):
+        return False
+    for reader in dict.fromkeys(readers):
+        kept = [v for v in reader.inputs if v is not value]
+        for index, other in enumerate(kept):
+            reader.replace_input_with(index, other)
+        reader.resize_inputs(len(kept))
+    return True
+
+
 def _unfold_subgraphs(model: ir.Model, node: ir.Node, folder: Folder) -> list[ir.Node]:
     condition = node.inputs[0] if node.op_type == "If" else None
     if condition is not None and condition.const_value is not None:

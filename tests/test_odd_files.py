@@ -249,3 +249,18 @@ def test_a_model_above_two_gigabytes(tmp_path: Path) -> None:
     given = volume(shape)
     found = pt.load(tmp_path / "p.onnx").run({"x": given})["y"]
     np.testing.assert_allclose(found, given, rtol=1e-6)
+
+
+def test_a_roll_by_zero() -> None:
+    """As the tracing exporter writes it: a piece without cells joined to the whole."""
+    def cells(name: str, axis: int, start: int, stop: int) -> onnx.NodeProto:
+        return helper.make_node("Slice", ["a", f"i{start}", f"i{stop}", f"i{axis}"], [name])
+
+    nodes = [conv(y="a"), cells("all", 2, 0, 7), cells("none", 2, 0, 0),
+             helper.make_node("Concat", ["all", "none"], ["y"], axis=2)]
+    weights = {"w": W, **{f"i{n}": np.array([n]) for n in (0, 2, 7)}}
+    check(model(nodes, [value("x", SHAPE)], [value("y", SHAPE)], weights), feeds(), MESH)
+    relu = helper.make_node("Relu", ["none"], ["y"])
+    alone = model([*nodes[:3], relu], [value("x", SHAPE)], [value("y", None)], weights)
+    with pytest.raises(pt.PartitionError, match=r"Slice_1 \(Slice\): it leaves nothing"):
+        pt.partition(alone, mesh=MESH)

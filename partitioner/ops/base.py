@@ -39,6 +39,10 @@ class WrongExtents(Unsupported):
     """The node cannot take these extents, though it might take others."""
 
 
+class NothingLeft(WrongExtents):
+    """The node's result has no cells at these extents."""
+
+
 @dataclass(frozen=True)
 class TensorType:
     """Static extents and element type of a value."""

@@ -19,6 +19,7 @@ from partitioner.ops.base import (
     Need,
     Needs,
     NodeView,
+    NothingLeft,
     Operator,
     TensorType,
     Unsupported,
@@ -252,7 +253,7 @@ class Slice(Move):
             else:
                 maps[axis] = Taps(n, len(cells), tuple((c,) for c in cells))
         if any(m.n_out == 0 for m in maps):
-            raise WrongExtents(f"it leaves nothing of extents {list(data.shape)}; use a larger volume")
+            raise NothingLeft(f"it leaves nothing of extents {list(data.shape)}; use a larger volume")
         return cls(view.inputs, (TensorType(tuple(m.n_out for m in maps), data.dtype),), tuple(maps), 0.0)
 
 
