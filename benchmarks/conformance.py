@@ -20,11 +20,15 @@ from benchmarks.errors import UsageError
 
 OUTCOMES = {
     "sharded": "exact, on some mesh with nothing gathered",
-    "gathered": "exact, but every mesh gathers or replicates something",
+    "gathered": "exact, but on every mesh a rule gathers or replicates something",
+    "replicated": "exact, but a node has no rule: every rank computes it whole",
     "unsplit": "exact, no axis has two cells that a mesh could split",
     "refused": "refused before any work, for a reason below",
     "failed": "wrong, crashed, or refused for no reason below",
 }
+
+EXACT = ("sharded", "gathered", "replicated", "unsplit")
+"""Outcomes with the right result."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def _check_with_progress(names: Sequence[str], options: Options, console: Consol
 def operator_table(results: Sequence[Result]) -> Table:
     """One row per operator."""
     table = Table(title="node tests of onnx, partitioned", title_justify="left", pad_edge=False)
-    table.add_column("operator", overflow="fold")
-    for name in ("cases", "sharded", "gathered", "unsplit"):
+    table.add_column("operator", overflow="fold", min_width=16)
+    for name in ("cases", *EXACT):
         table.add_column(name, justify="right")
     table.add_column("refused", overflow="fold")
     table.add_column("constant inputs", justify="right")
@@ -88,7 +92,7 @@ def operator_table(results: Sequence[Result]) -> Table:
         count = Counter(r.outcome for r in mine)
         refused = Counter(r.reason for r in mine if r.outcome == "refused")
         table.add_row(
-            operator, str(len(mine)), *(_figure(count[name]) for name in ("sharded", "gathered", "unsplit")),
+            operator, str(len(mine)), *(_figure(count[name]) for name in EXACT),
             ", ".join(f"{n} {reason}" for reason, n in refused.most_common()),
             _figure(sum(r.constants > 0 for r in mine)), _figure(count["failed"]),
             style="bold red" if count["failed"] else "dim" if count["refused"] == len(mine) else "")

@@ -13,6 +13,9 @@ ABOUT_CONSTANTS = re.compile(r"does not depend on any input|its constant inputs 
 
 _NO_RULE = "this operator has no rule"
 
+DATA = "data outside definition"
+"""The one reason that is found only when the model runs."""
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -48,13 +51,16 @@ REASONS = (
     Reason("control flow", "the node holds a graph of its own, run as often as the data say",
            _no_rule("If", "Loop", "Scan", "SequenceMap")),
     Reason("element type", "the runtime has no such element type, or no arithmetic for it (float8, int4, uint16)",
-           r"cannot hold|element type \w+ is not supported|onnxruntime cannot run it on \w+;|it quantises to \w+,"),
+           r"cannot hold|(element type|arithmetic of) \w+ is not supported|onnxruntime cannot run it on \w+;|"
+           r"it quantises to \w+,"),
     Reason("no cells", "an input or the result has an axis of extent 0, which no rank could hold a part of",
            r"axis without cells|leaves nothing of extents"),
     Reason("constant result", "constants and extents alone decide the result: there is nothing to partition",
            r"does not depend on any input"),
     Reason("other domain", "the node is of another domain than the standard operators'",
            r"names no opset of the standard operators|domain '[\w.]*' is unknown|" + _no_rule(r"\w+(\.\w+)+")),
+    Reason(DATA, "the data break the operator's definition: unpooling indices that no pool with these windows yields",
+           r"an index is not in its window"),
     Reason("old opset", "the model is older than opset 7, when the operators got their present meaning",
            r"export with opset \d+ or newer"),
     Reason("no kernel", "the operator has no rule, and onnxruntime has no kernel either that ranks could run whole",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -16,7 +17,16 @@ from partitioner.axes import named_axes
 from partitioner.compiler import compile_plan, plain_model
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
-from partitioner.guards import Arrays, MeshLike, check_inputs, is_tensor, parse_mesh, source_problems, whole_numbers
+from partitioner.guards import (
+    Arrays,
+    MeshLike,
+    check_inputs,
+    checked_path,
+    is_tensor,
+    parse_mesh,
+    source_problems,
+    whole_numbers,
+)
 from partitioner.layout import Cuts
 from partitioner.loader import fault_of, load_file, load_model, save_model
 from partitioner.mesh import Mesh
@@ -25,6 +35,7 @@ from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
     from runtime.session import Runner, RunReport
+    from runtime.training.module import PartitionedModule
 
 Backend = Literal["lockstep", "gloo", "nccl"]
 Progress = Callable[[int, int, str], None]
@@ -69,7 +80,7 @@ def load(path: str | Path) -> Plan:
     Raises:
         PartitionError: when the file is no plan, is damaged, or is of another version.
     """
-    model = load_file(Path(path))
+    model = load_file(checked_path(path))
     check_plan(model, str(path))
     return Plan(model)
 
@@ -197,7 +208,7 @@ class Plan:
         Raises:
             PartitionError: when the path cannot be written.
         """
-        save_model(self.model.clone(), Path(path))
+        save_model(self.model.clone(), checked_path(path))
 
     def run(self, inputs: Arrays) -> dict[str, Any]:
         """Run all shards in this process, on CPU or where the first torch input lies.
@@ -240,11 +251,36 @@ class Plan:
             raise PartitionError(
                 f"this plan is for inputs {_shapes_text(self.input_shapes)}, not {_shapes_text(shapes)}; "
                 "partition the model again for other extents")
+        shapes = whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")
         after = {**self.input_shapes, **shapes}
         changed = {axis for name, axes in named_axes(self.model).items() for axis, place in axes.items()
-                   if self.input_shapes[name][place] != after[name][place]}
+                   if self.input_shapes[name][place : place + 1] != after[name][place : place + 1]}
         kept = {axis: cuts for axis, cuts in self._cuts.items() if axis not in changed}
         return Plan.compile(self._source, self.mesh, shapes, kept, strict=self._strict)
+
+    def module(self, device: str = "cpu", biased_variance: bool = False) -> PartitionedModule:
+        """The plan as a `torch.nn.Module`, to be trained.
+
+        With all shards in this process, or as this rank's part where torch.distributed has been initialised with a
+        process for every rank of the mesh.
+
+        Args:
+            device: `cpu`, `cuda`, or a list for the ranks in turn.
+            biased_variance: update running variances with the population's, as ONNX does, not torch's unbiased ones.
+
+        Raises:
+            PartitionError: when the plan came from a file, or the processes are not as many as the ranks.
+        """
+        from runtime.training.build import build_module
+
+        if self._source is None:
+            raise PartitionError("a plan from a file has its weights folded for inference; train the model: "
+                                 "pt.partition(model, ...).module()")
+        training, evaluation = (
+            compile_plan(self._source, self.mesh, self.input_shapes, self._cuts, strict=self._strict, purpose=purpose)
+            for purpose in ("training", "evaluation"))
+        weights = frozenset(str(name) for name in self._source.graph.initializers)
+        return build_module(training, evaluation, weights, device, biased_variance)
 
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""
@@ -261,11 +297,12 @@ class Session:
     def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None) -> None:
         if backend not in ("lockstep", "gloo", "nccl"):
             raise PartitionError(f"backend '{backend}' is unknown; use lockstep, gloo or nccl")
-        if threads is not None and threads < 1:
-            raise PartitionError(f"threads={threads}: give at least 1, or None to share out the cores")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):  # pyright: ignore
+            raise PartitionError(f"threads={threads!r}: give at least 1, or None to share out the cores")
         self.plan = plan
         self._first = plan
-        self._options = (backend, device, threads)
+        self._lock = threading.Lock()
+        self._options = (backend, str(device), threads)
         self._plans: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Plan] = OrderedDict()
         self._plans[_key(plan.input_shapes)] = plan
         self._runner: Runner | None = self._start(plan)
@@ -285,10 +322,11 @@ class Session:
             PartitionError: for a missing or unknown input, a wrong shape or type.
             ExecutionError: when a rank dies.
         """
-        self._use(self._plan_for(inputs))
-        assert self._runner is not None
-        results = self._runner.run_arrays(inputs, progress)
-        self.last_run = self._runner.report
+        with self._lock:  # one run at a time, whichever threads ask for it
+            self._use(self._plan_for(inputs))
+            assert self._runner is not None
+            results = self._runner.run_arrays(inputs, progress)
+            self.last_run = self._runner.report
         first = next(iter(inputs.values()))
         if is_tensor(first):
             return {name: tensor.to(first.device) for name, tensor in results.items()}

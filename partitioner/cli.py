@@ -109,10 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "compare with onnxruntime on the unpartitioned model")
     _model_options(verify, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     verify.add_argument("--input", metavar="[NAME=]FILE", action="append", help="volume to use (random without it)")
-    verify.add_argument("--tolerance", type=float, metavar="X",
+    verify.add_argument("--tolerance", type=tolerance, metavar="X",
                         help="largest error relative to the output's largest value (1e-4 for float32)")
     _backend_options(verify)
     return parser
+
+
+def tolerance(text: str) -> float:
+    """A number from 0; argparse names it after this function when it is none."""
+    found = float(text)
+    if not 0 <= found < math.inf:
+        raise ValueError(text)
+    return found
 
 
 def _command(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:

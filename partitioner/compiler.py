@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 import onnx_ir.passes.common as library
@@ -21,16 +22,24 @@ from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
 from passes.merge_exchanges import MergeExchanges
 from passes.pipeline import Observer, Pipeline
+from passes.prepare_training import PrepareTraining
 from passes.schedule import Schedule
 from passes.split_reductions import SplitReductions
 
 Shapes = Mapping[str, Sequence[int]]
 
 
-def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False) -> Pipeline:
+Purpose = Literal["inference", "evaluation", "training"]
+"""What a plan is for: inference folds weights together, evaluation keeps them as the file has them (for a module
+that also trains), training replaces layers by what they do in training."""
+
+
+def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False,
+                      purpose: Purpose = "inference") -> Pipeline:
     """The passes that make a plan, in order."""
     return Pipeline((
-        Canonicalize(shapes, strict),
+        Canonicalize(shapes, strict, fold_norms=purpose == "inference"),
+        *((PrepareTraining(),) if purpose == "training" else ()),
         AssignShards(mesh, cuts),
         InsertReshards(),
         SplitReductions(),
@@ -42,19 +51,20 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
 
 
 def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],
-                 dump_dir: Path | None = None, strict: bool = False) -> ir.Model:
+                 dump_dir: Path | None = None, strict: bool = False, purpose: Purpose = "inference") -> ir.Model:
     """A plan of a model; the model itself stays as it is.
 
     Args:
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators that have no sharded rule.
+        purpose: see `Purpose`.
 
     Raises:
         PartitionError: when the model cannot be kept exact on this mesh with these extents.
     """
     model = source.clone()
     observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
-    return standard_pipeline(mesh, shapes, cuts, strict).run(model, observers)
+    return standard_pipeline(mesh, shapes, cuts, strict, purpose).run(model, observers)
 
 
 def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:
@@ -94,7 +104,10 @@ def _join_norms(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.domain != dialect.DOMAIN or node.op_type != dialect.NORMALIZE:
             continue
-        x, _, _, _, scale, bias = node.inputs
+        x, _, mean, _, scale, bias = node.inputs
+        assert x is not None
+        if not _are_moments_of_space(mean, len(dialect.shape_of(x))):
+            continue  # of groups, or of the batch: the nodes are plain as they are
         epsilon = float(dialect.attributes_of(node)["epsilon"])
         joined = ir.Node("", "InstanceNormalization", [x, scale, bias], [ir.AttrFloat32("epsilon", epsilon)],
                          outputs=[ir.Value(name=f"{node.name}/joined")], name=f"{node.name}/joined")
@@ -105,6 +118,15 @@ def _join_norms(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
         new.name = old.name
     library.RemoveUnusedNodesPass()(model)
+
+
+def _are_moments_of_space(mean: ir.Value | None, rank: int) -> bool:
+    """Whether a mean is merged from moments over the spatial axes alone."""
+    merge = None if mean is None else mean.producer()
+    if merge is None or merge.op_type != dialect.ALL_REDUCE_MOMENTS or merge.inputs[1] is None:
+        return False
+    source = merge.inputs[1].producer()
+    return source is not None and list(dialect.attributes_of(source)["axes"]) == list(range(2, rank))
 
 
 def _strip(item: ir.Node | ir.Value) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,16 @@ ALL_REDUCE = "AllReduce"
 ALL_REDUCE_MOMENTS = "AllReduceMoments"
 MOMENTS = "Moments"
 NORMALIZE = "Normalize"
+GROUP_NORMALIZATION = "GroupNormalization"
+
+TRAINING_BATCH_NORMALIZATION = "TrainingBatchNormalization"
+TRAINING_DROPOUT = "TrainingDropout"
+
+VARIANCE = "variance/batch"
+"""Ends the names of batch variances among the outputs of a training plan."""
+
+SEED = "partitioner.seed"
+"""Input of a training plan with dropout: the number from which the masks are drawn."""
 
 REGION = "Region"
 """Begins the names of functions that hold a node with subgraphs; a number follows."""
@@ -41,6 +52,7 @@ _PARTIAL = "partitioner.partial"
 _STORAGE = "partitioner.storage"
 _PASSES = "partitioner.passes"
 _DIGEST = "partitioner.digest"
+_STATISTIC = "partitioner.statistic"
 
 
 def is_exchange(node: ir.Node) -> bool:
@@ -148,6 +160,35 @@ def get_partial(node: ir.Node) -> tuple[str, ...]:
 def set_partial(node: ir.Node, mesh_axes: Sequence[str]) -> None:
     """Mark a node's result as partial over mesh axes."""
     node.metadata_props[_PARTIAL] = ",".join(mesh_axes)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A batch statistic that leaves a training plan.
+
+    Args:
+        running: the weight that it updates.
+        momentum: the share of the old value that stays, as ONNX has it.
+        cells: how many cells went into it.
+    """
+
+    running: str
+    momentum: float
+    cells: int
+
+
+def set_statistic(value: ir.Value, running: str, momentum: float, cells: int) -> None:
+    """Mark an output of the graph as a batch statistic."""
+    value.metadata_props[_STATISTIC] = f"{momentum!r} {cells} {running}"
+
+
+def get_statistic(value: ir.Value) -> Statistic | None:
+    """What an output of the graph updates, if it is a batch statistic."""
+    text = value.metadata_props.get(_STATISTIC)
+    if text is None:
+        return None
+    momentum, cells, running = text.split(" ", 2)
+    return Statistic(running, float(momentum), int(cells))
 
 
 def new_exchange(op_type: str, value: ir.Value, target: Layout, name: str) -> ir.Node:
@@ -333,6 +374,90 @@ def _normalize(name: str, opset: int) -> ir.Function:
     return _function(name, opset, inputs, [result], nodes, ["dtype", "epsilon", "spatial", "to"])
 
 
+def _group_normalization(name: str, opset: int) -> ir.Function:
+    """The spelling that exporters write: groups flattened, an instance normalisation, numbers per channel.
+
+    opset 8 and older know constants of floating point only.
+    """
+    x, scale, bias = (ir.Value(name=n) for n in ("x", "scale", "bias"))
+    nodes: list[ir.Node] = []
+
+    def op(op_type: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        nodes.append(ir.Node("", op_type, list(inputs), attributes))
+        return nodes[-1].outputs[0]
+
+    def given(ref: str, kind: ir.AttributeType) -> ir.Value:
+        return op("Constant", attributes=[ir.RefAttr("value" if kind == tensor else "value_ints", ref, kind)])
+
+    def column(vector: ir.Value) -> ir.Value:
+        if opset < 13:
+            return op("Unsqueeze", vector, attributes=[ir.RefAttr("axes", "spatial", ir.AttributeType.INTS)])
+        return op("Unsqueeze", vector, given("spatial", ir.AttributeType.INTS))
+
+    tensor = ir.AttributeType.TENSOR
+    grouped = op("Cast", given("grouped", tensor), attributes=[ir.AttrInt64("to", int(ir.DataType.INT64))])
+    ones = given("ones", tensor)
+    epsilon = ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT)
+    normal = op("InstanceNormalization", op("Reshape", x, grouped), ones, op("Sub", ones, ones), attributes=[epsilon])
+    scaled = op("Mul", op("Reshape", normal, op("Shape", x)), column(scale))
+    result = op("Add", scaled, column(bias))
+    return _function(name, opset, [x, scale, bias], [result], nodes,
+                     ["num_groups", "epsilon", "grouped", "ones", "spatial"])
+
+
+def group_normalization_attributes(groups: int, epsilon: float, dtype: ir.DataType, rank: int) -> dict[str, Any]:
+    """Attributes of a GroupNormalization of ours."""
+    return {
+        "num_groups": groups,
+        "epsilon": epsilon,
+        "grouped": np.asarray([0, groups, -1], np.float64),
+        "ones": np.ones(groups, dtype.numpy()),
+        "spatial": list(range(1, rank - 1)),
+    }
+
+
+def _training_batch_normalization(name: str, opset: int) -> ir.Function:
+    x, scale, bias = (ir.Value(name=n) for n in ("x", "scale", "bias"))
+    nodes: list[ir.Node] = []
+
+    def op(op_type: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        nodes.append(ir.Node("", op_type, list(inputs), attributes))
+        return nodes[-1].outputs[0]
+
+    def mean_of(value: ir.Value) -> ir.Value:
+        nodes.extend(_reduce("ReduceMean", value, opset))
+        return nodes[-1].outputs[0]
+
+    def column(vector: ir.Value) -> ir.Value:
+        if opset < 13:
+            return op("Unsqueeze", vector, attributes=[ir.RefAttr("axes", "spatial", ir.AttributeType.INTS)])
+        axes = op("Constant", attributes=[ir.RefAttr("value_ints", "spatial", ir.AttributeType.INTS)])
+        return op("Unsqueeze", vector, axes)
+
+    mean = mean_of(x)
+    deviation = op("Sub", x, mean)
+    variance = mean_of(op("Mul", deviation, deviation))
+    epsilon = op("Constant", attributes=[ir.RefAttr("value", "epsilon", ir.AttributeType.TENSOR)])
+    scaled = op("Mul", op("Div", deviation, op("Sqrt", op("Add", variance, epsilon))), column(scale))
+    result = op("Add", scaled, column(bias))
+    flat = op("Shape", scale)
+    outputs = [result, op("Reshape", mean, flat), op("Reshape", variance, flat)]
+    return _function(name, opset, [x, scale, bias], outputs, nodes, ["axes", "epsilon", "spatial"])
+
+
+def _training_dropout(name: str, opset: int) -> ir.Function:
+    """In the global view nothing is dropped: the masks belong to a step of training."""
+    x, seed = ir.Value(name="x"), ir.Value(name="seed")
+    node = ir.Node("", "Identity", [x])
+    return _function(name, opset, [x, seed], [node.outputs[0]], [node], ["ratio", "layer"])
+
+
+def batch_normalization_attributes(epsilon: float, dtype: ir.DataType, rank: int) -> dict[str, Any]:
+    """Attributes of a TrainingBatchNormalization."""
+    return {"axes": [a for a in range(rank) if a != 1], "epsilon": np.asarray(epsilon, dtype.numpy()),
+            "spatial": [0, *range(2, rank)]}
+
+
 _FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {
     HALO_EXCHANGE: _identity(1, ("source", "target")),
     RESHARD: _identity(1, ("source", "target")),
@@ -340,4 +465,7 @@ _FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {
     ALL_REDUCE_MOMENTS: _identity(3, ("op", "mesh_axes")),
     MOMENTS: _moments,
     NORMALIZE: _normalize,
+    TRAINING_BATCH_NORMALIZATION: _training_batch_normalization,
+    TRAINING_DROPOUT: _training_dropout,
+    GROUP_NORMALIZATION: _group_normalization,
 }

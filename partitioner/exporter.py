@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Generator
 from typing import Any
@@ -61,8 +62,16 @@ def _export(module: Any, examples: tuple[Any, ...]) -> Any:
             assert found is not None
             return found.model_proto
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = _reason(error)
     raise PartitionError(f"torch.onnx cannot export {type(module).__name__}: {reason[:200]}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error says, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {next(filter(None, map(str.strip, text.splitlines())), 'no reason given')}"
 
 
 @contextlib.contextmanager

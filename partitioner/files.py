@@ -50,7 +50,8 @@ def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str,
                             f"write NAME={path}")
     refuse_all(problems)
     refuse_all([f"{what} '{n}' has no file; add --{what} {n}=FILE" for n in names if n not in found])
-    return found
+    first: dict[str, str] = {}
+    return {name: first.setdefault(os.path.realpath(path), path) for name, path in found.items()}  # one spelling each
 
 
 def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> dict[str, Source]:
@@ -68,6 +69,10 @@ def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> 
         member = name if name in members else None
         if len(members) > 1 and member is None:
             raise PartitionError(f"{path}: holds {', '.join(members)}, none of them '{name}'; rename one")
+        others = [n for n, p in files.items() if p == path and n != name]
+        if others and members and member is None:
+            raise PartitionError(f"{path}: has no array '{name}', and is given for {', '.join(others)} too; "
+                                 f"write {name}=FILE")
         found[name] = open_source(path, member, host_type(dtypes[name]))
     return found
 

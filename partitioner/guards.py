@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -34,6 +36,17 @@ def whole_numbers(given: Mapping[str, Sequence[int]] | None, what: str, example:
             raise PartitionError(
                 f"{what}: {name}={numbers!r} is no list of whole numbers; give them as {example}") from None
     return found
+
+
+def checked_path(given: Any) -> Path:
+    """The path of a file, as text or as a Path.
+
+    Raises:
+        PartitionError: for anything else.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise PartitionError(f"{given!r} is no path of a file; give a text or a pathlib.Path")
+    return Path(os.fspath(given))  # pyright: ignore
 
 
 def parse_mesh(given: MeshLike, model: ir.Model) -> Mesh:

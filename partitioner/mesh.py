@@ -10,6 +10,8 @@ from partitioner.errors import PartitionError
 
 AXIS_NAMES = ("batch", "depth", "height", "width")
 SPATIAL_NAMES = AXIS_NAMES[1:]
+LARGEST = 1 << 20
+"""Ranks that a mesh may have; figures per rank are kept for all of them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Mesh:
         names = [name for name, _ in pairs]
         if len(set(names)) != len(names):
             raise PartitionError(f"mesh names an axis twice: {', '.join(names)}; name each axis once")
+        if math.prod(count for _, count in pairs) > LARGEST:
+            raise PartitionError(f"the mesh has more than {LARGEST} ranks; use fewer")
         return cls(tuple(sorted(pairs, key=lambda pair: AXIS_NAMES.index(pair[0]))))
 
     @property

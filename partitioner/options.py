@@ -26,6 +26,8 @@ def _shapes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, tupl
         if not name and len(names) != 1:
             raise PartitionError(f"--shape {text}: the model has {len(names)} inputs ({', '.join(names)}); "
                                  f"write NAME={text}")
+        if (name or names[0]) in found:
+            raise PartitionError(f"--shape {text}: the shape of input '{name or names[0]}' is given twice; give one")
         try:
             found[name or names[0]] = tuple(int(n) for n in extents.lower().split("x"))
         except ValueError:
@@ -43,6 +45,8 @@ def _cuts(options: argparse.Namespace, extents: dict[str, int]) -> dict[str, tup
             raise PartitionError(f"--cuts {text}: positions are integers joined by commas, as depth=50,80") from None
         if name not in extents:
             raise PartitionError(f"--cuts {text}: the volume has no axis '{name}'; use {', '.join(extents)}")
+        if name in found:
+            raise PartitionError(f"--cuts {text}: the cuts of {name} are given twice; give all in one, as depth=50,80")
         found[name] = (0, *inner, extents[name])
     return found
 
@@ -78,16 +82,22 @@ def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str,
     return plan.with_shapes(wrong) if wrong else plan
 
 
-def _assignments(given: Sequence[str]) -> list[tuple[str | None, str]]:
-    pairs = [text.partition("=") for text in given]
-    return [(name, path) if equals else (None, name) for name, equals, path in pairs]
+def _assignments(given: Sequence[str], names: Sequence[str]) -> list[tuple[str | None, str]]:
+    """`NAME=FILE` or `FILE`; a path may have an equals sign of its own, and so may a name."""
+    found: list[tuple[str | None, str]] = []
+    for text in given:
+        name = max((n for n in names if text.startswith(f"{n}=")), key=len, default=None)
+        if name is None and "=" in text and not any(sep in text.partition("=")[0] for sep in "/\\"):
+            name = text.partition("=")[0]  # unknown, and refused as such
+        found.append((None, text) if name is None else (name, text[len(name) + 1 :]))
+    return found
 
 
 def prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     """The plan and its input files; open axes take their extents from the files."""
     model = load_file(Path(options.model))
     values = {str(v.name): v for v in model.graph.inputs if v.name not in model.graph.initializers}
-    files = name_files(_assignments(options.input), list(values), "input")
+    files = name_files(_assignments(options.input, list(values)), list(values), "input")
     dtypes = {name: v.dtype for name, v in values.items() if v.dtype is not None}
     sources = open_inputs(files, dtypes)
     shapes = {name: tuple(source.shape) for name, source in sources.items()}
@@ -99,7 +109,8 @@ def prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
 def file_run(options: argparse.Namespace, backend: Backend) -> FileRun:
     """The run from files to files that the options ask for."""
     plan, inputs = prepare_files(options)
-    outputs = name_files(_assignments(options.output), [str(v.name) for v in plan.model.graph.outputs], "output")
+    names = [str(v.name) for v in plan.model.graph.outputs]
+    outputs = name_files(_assignments(options.output, names), names, "output")
     return FileRun(plan, inputs, outputs, backend, options.device)
 
 

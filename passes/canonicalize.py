@@ -27,6 +27,8 @@ from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.contrib import rewrite_contrib
 from passes.fold import Folder
+from passes.rewrite import Namer
+from passes.spellings import recognise
 from passes.unfold import hopeless, leave_out, unfold
 
 Shapes = Mapping[str, Sequence[int]]
@@ -41,6 +43,8 @@ class Canonicalize(Pass):
     Args:
         shapes: extents per input name; inputs with static extents need none.
         strict: refuse what has no sharded rule instead of running it replicated.
+        fold_norms: let a convolution's weights take up the batch norm, factors and summands after it; not for
+            training, which needs them apart.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -48,6 +52,7 @@ class Canonicalize(Pass):
 
     shapes: Shapes = field(default_factory=dict[str, Sequence[int]])
     strict: bool = False
+    fold_norms: bool = True
 
     def apply(self, model: ir.Model) -> None:
         prepare(model)
@@ -56,10 +61,12 @@ class Canonicalize(Pass):
         if any(p.about_extents for p in problems):
             raise ShapeError("\n".join(p.text for p in problems))
         refuse_all([p.text for p in problems])
-        _drop_copies(model)
+        recognise(model, self.fold_norms)
+        _drop_copies(model, ("Identity", "Dropout") if self.fold_norms else ("Identity",))
         _spell_out(model)
         library.RemoveUnusedNodesPass()(model)
         _name_nodes(model.graph)
+        _name_results(model.graph)
         dialect.declare(model)
 
 
@@ -94,6 +101,16 @@ def _name_nodes(graph: ir.Graph) -> None:
             name, count = f"{wish}_{count}", count + 1
         taken.add(name)
         node.name = name
+
+
+def _name_results(graph: ir.Graph) -> None:
+    """A name for every result before the last one that has one: a file cannot tell of values without a name."""
+    namer = Namer(graph)
+    for node in graph:
+        named = [index for index, value in enumerate(node.outputs) if value.name]
+        for index, value in enumerate(node.outputs[: max(named, default=0)]):
+            if not value.name:
+                value.name = namer(f"{node.name}.{index}")
 
 
 def bind_inputs(model: ir.Model, shapes: Shapes) -> None:
@@ -263,10 +280,10 @@ def _spell_out(model: ir.Model) -> None:
         forget(node)
 
 
-def _drop_copies(model: ir.Model) -> None:
-    """Identity and Dropout at inference: readers read the original."""
+def _drop_copies(model: ir.Model, op_types: Sequence[str]) -> None:
+    """Identity, and Dropout at inference: readers read the original."""
     for node in list(model.graph):
-        if node.domain != "" or node.op_type not in ("Identity", "Dropout"):
+        if node.domain != "" or node.op_type not in op_types:
             continue
         source, result = node.inputs[0], node.outputs[0]
         if source is None or result.is_graph_output() or source.const_value is not None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
 
+_NOT_BY_ONNX = frozenset({"LRN", "Softmax", "LogSoftmax", "Hardmax", "AveragePool", "MaxPool", "LpPool"})
+"""Operators that onnx's evaluator computes wrongly in some opset."""
+
 
 class Folder:
     """Keeps track of the nodes that depend on constants alone and computes their values when asked."""
@@ -125,9 +128,7 @@ def _become_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> Non
 
 
 def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[np.ndarray]:
-    """Run nodes whose inputs are constants in one onnxruntime session."""
-    import onnxruntime
-
+    """Run nodes whose inputs are constants."""
     inner = {o for n in nodes for o in n.outputs}
     read = [v for n in nodes for v in (*n.inputs, *captured(n))]
     known = {v.name: v for v in read if v is not None and v not in inner}
@@ -142,21 +143,43 @@ def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Va
         clones.append(ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=made))
     graph = ir.Graph([], [copies[o.name] for o in outputs], nodes=clones, initializers=initializers,
                      opset_imports=dict(model.graph.opset_imports), name="constants")
+    proto = ir.to_proto(ir.Model(graph, ir_version=max(8, min(model.ir_version, 10))))
+    try:
+        return _by_onnxruntime(proto)
+    except Exception as error:
+        found = _by_onnx(proto)
+        if found is not None:
+            return found
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        names = ", ".join(str(n.name) for n in nodes[:3])
+        raise Unsupported(f"its constant inputs ({names}) cannot be computed: {reason[:160]}") from None
+
+
+def _by_onnxruntime(proto: onnx.ModelProto) -> list[np.ndarray]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    try:
-        proto = ir.to_proto(ir.Model(graph, ir_version=max(8, min(model.ir_version, 10))))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    outputs = session.get_outputs()
+    narrow = [o.name for o in outputs if o.type == "tensor(bfloat16)"]
+    if narrow:  # numpy has no such type: taken out as float32, which holds every value of it
+        _widen(proto, narrow)
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        narrow = [o.name for o in session.get_outputs() if o.type == "tensor(bfloat16)"]
-        if narrow:  # numpy has no such type: taken out as float32, which holds every value of it
-            _widen(proto, narrow)
-            session = onnxruntime.InferenceSession(proto.SerializeToString(), options,
-                                                   providers=["CPUExecutionProvider"])
-        arrays: Any = session.run(None, {})
-        return [_narrowed(a) if o.name in narrow else np.asarray(a) for o, a in zip(outputs, arrays, strict=True)]
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        names = ", ".join(str(n.name) for n in nodes[:3])
-        raise Unsupported(f"its constant inputs ({names}) cannot be computed: {reason[:160]}") from None
+    arrays: Any = session.run(None, {})
+    return [_narrowed(a) if o.name in narrow else np.asarray(a) for o, a in zip(outputs, arrays, strict=True)]
+
+
+def _by_onnx(proto: onnx.ModelProto) -> list[np.ndarray] | None:
+    """The constants by onnx's own evaluator, for what onnxruntime lacks: bfloat16 kernels, one cell for a scalar."""
+    from onnx.reference import ReferenceEvaluator
+
+    if any(n.op_type in _NOT_BY_ONNX for n in proto.graph.node):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            return [np.asarray(a) for a in ReferenceEvaluator(proto).run(None, {})]
+    except Exception:
+        return None

@@ -103,4 +103,5 @@ def _take_place(graph: ir.Graph, node: ir.Node, results: Sequence[ir.Value]) -> 
     graph.remove(node, safe=True)
     for old, result in zip(outputs, results, strict=True):
         result.name = old.name
+        result.metadata_props.update(old.metadata_props)
         dialect.set_layout(result, dialect.get_layout(old))

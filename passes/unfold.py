@@ -12,31 +12,25 @@ function's body.  What keeps its subgraphs becomes a function of the plan whose 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.ops.base import Unsupported
 from partitioner.ops.nodes import tensor_type
-from partitioner.ops.opaque import DOMAINS, RANDOM, captured, subgraphs
+from partitioner.ops.opaque import DOMAINS, RANDOM, captured, subgraph_nodes, subgraphs
 from partitioner.ops.registry import lookup
+from passes import definitions
+from passes.definitions import definition
 from passes.fold import Folder
 from passes.rewrite import Namer
-
-if TYPE_CHECKING:
-    import onnx
-
-
-_INPUT = "partitioner_input_"
-"""Begins the names of a lone node's inputs."""
 
 
 def hopeless(node: ir.Node) -> list[Unsupported]:
     """Why a node is refused whatever the extents of its inputs are."""
     if lookup(node.domain, node.op_type) is not None or node.op_type in ("Shape", "Size", "Constant"):
         return []
-    if node.domain not in (*DOMAINS, dialect.DOMAIN):
+    if node.domain not in (*DOMAINS, *definitions.DOMAINS, dialect.DOMAIN):
         return [Unsupported(f"domain '{node.domain}' is unknown; register the operator (docs/operators.md) or export "
                             "the model without it")]
     if node.op_type in RANDOM:
@@ -46,16 +40,36 @@ def hopeless(node: ir.Node) -> list[Unsupported]:
 
 def unfold(model: ir.Model, node: ir.Node, folder: Folder) -> list[ir.Node] | None:
     """Put the nodes for which this one stands in its place; None when it stands for itself."""
+    if _casts_a_constant(node, folder):
+        return [_plain_cast(model, node)]
     if lookup(node.domain, node.op_type) is not None:
         return None
-    body = _schema_body(model, node)
+    body = definition(model, node)
     if body is None:
         return _unfold_subgraphs(model, node, folder) if any(True for _ in subgraphs(node)) else None
     for inner in body.inputs:
-        outer = node.inputs[int(str(inner.name).removeprefix(_INPUT))]
+        outer = node.inputs[int(str(inner.name).removeprefix(definitions.INPUT))]
         assert outer is not None
         inner.replace_all_uses_with(outer, replace_graph_outputs=True)
     return splice(model.graph, node, body)
+
+
+def _casts_a_constant(node: ir.Node, folder: Folder) -> bool:
+    """Whether this is a CastLike of a constant: of its second input the type counts, not the data."""
+    if node.op_type != "CastLike" or node.domain:
+        return False
+    source, like = node.inputs
+    return source is not None and folder.is_constant(source) and like is not None and like.dtype is not None
+
+
+def _plain_cast(model: ir.Model, node: ir.Node) -> ir.Node:
+    """The Cast that a CastLike amounts to."""
+    source, like = node.inputs
+    assert like is not None and like.dtype is not None
+    cast = ir.Node("", "Cast", [source], [ir.AttrInt64("to", int(like.dtype))], name=node.name)
+    model.graph.insert_before(node, cast)
+    _take_over(model.graph, node, cast.outputs)
+    return cast
 
 
 def leave_out(node: ir.Node) -> bool:
@@ -78,7 +92,11 @@ def _unfold_subgraphs(model: ir.Model, node: ir.Node, folder: Folder) -> list[ir
     condition = node.inputs[0] if node.op_type == "If" else None
     if condition is not None and condition.const_value is not None:
         name = "then_branch" if bool(condition.const_value.numpy().all()) else "else_branch"
-        return splice(model.graph, node, node.attributes[name].as_graph())
+        made = splice(model.graph, node, node.attributes[name].as_graph())
+        for inner in subgraph_nodes(node):  # the branch not taken reads nothing any more
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+        return made
     outside = captured(node)
     folder.settle(outside)
     number = sum(dialect.is_region(n) for n in model.graph)
@@ -152,46 +170,3 @@ def _take_over(graph: ir.Graph, node: ir.Node, results: Sequence[ir.Value]) -> N
     graph.remove(node, safe=True)
     for name, new in zip(names, results, strict=False):
         new.name = name or new.name
-
-
-def _schema_body(model: ir.Model, node: ir.Node) -> ir.Graph | None:
-    """The function by which ONNX defines an operator, for a node's types and attributes; None when it has none."""
-    import onnx
-    from onnx import inliner
-
-    opset = model.graph.opset_imports[""]
-    try:
-        schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return None
-    if not schema.has_function and not schema.has_context_dependent_function:
-        return None
-    if node.domain != "" or captured(node):
-        return None
-    proto = _alone(node, model.graph.opset_imports)
-    try:
-        found = inliner.inline_selected_functions(proto, [("", node.op_type)], inline_schema_functions=True)
-    except Exception:  # onnx cannot build the function for these types: the node runs whole
-        return None
-    if any(n.op_type == node.op_type and not n.domain for n in found.graph.node):
-        return None
-    if any(o.version != opset for o in found.opset_import if not o.domain):
-        return None
-    return ir.serde.deserialize_model(found).graph
-
-
-def _alone(node: ir.Node, opsets: Mapping[str, int]) -> onnx.ModelProto:
-    """A model of one node, with the types of what it reads."""
-    from onnx import helper
-
-    proto = ir.serde.serialize_node(node)
-    inputs: list[onnx.ValueInfoProto] = []
-    for index, value in enumerate(node.inputs):
-        if value is not None:
-            found = tensor_type(value)
-            proto.input[index] = f"{_INPUT}{index}"
-            inputs.append(helper.make_tensor_value_info(proto.input[index], int(found.dtype), found.shape))
-    graph = helper.make_graph([proto], "one", inputs,
-                              [helper.make_empty_tensor_value_info(str(v.name)) for v in node.outputs if v.name])
-    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items() if domain in ("", node.domain)]
-    return helper.make_model(graph, opset_imports=imports)

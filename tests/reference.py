@@ -331,7 +331,8 @@ def reshape(node: Node, xs: list[Any]) -> Array:
 
 @rule("Flatten")
 def flatten(node: Node, xs: list[Any]) -> Array:
-    axis = node.get("axis", 1) % max(1, xs[0].ndim)
+    axis = node.get("axis", 1)
+    axis = axis + xs[0].ndim if axis < 0 else axis
     return xs[0].reshape(math.prod(xs[0].shape[:axis]), -1)
 
 

@@ -628,7 +628,7 @@ def test_devices_that_are_not_here(conv: Path, command: str, options: tuple[str,
     (("run", "m", "--input", "x", "--output", "y", "--backend", "mpi"), "run: argument --backend: invalid choice"),
     (("plan", "m.onnx", "--frob"), "unrecognized arguments: --frob"),
     (("plan", "m", "--mesh"), "expected one argument"),
-    (("verify", "m", "--tolerance", "x"), "verify: argument --tolerance: invalid float value"),
+    (("verify", "m", "--tolerance", "x"), "verify: argument --tolerance: invalid tolerance value"),
 ])
 def test_mistakes_on_the_command_line_take_one_line(arguments: tuple[str, ...], says: str) -> None:
     err = refused(*arguments)

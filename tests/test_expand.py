@@ -133,7 +133,10 @@ def check_network(network: Network) -> None:
     for name, expected in network.expected.items():
         limit = max(3 * error(runtime[name], expected), 1e-5)
         assert close(found[name], expected, limit), f"{name}: error {error(found[name], expected)}, limit {limit}"
-    check_programs(plan, proto)
+    inferred = not any(n.domain or n.op_type == "GroupNormalization" or len(n.output) > 1
+                       for n in network.model.graph.node)
+    if inferred:  # onnx finds extents of these operators alone
+        check_programs(plan, proto)
 
 
 def check_integers(network: Network) -> None:

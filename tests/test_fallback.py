@@ -310,3 +310,22 @@ def test_operators_that_cannot_be_imported(own: Path, name: str, text: str | Non
         (own / name).write_text(text)
     given = own / name if name.endswith(".py") else name
     assert says in refused("plan", own / "m.onnx", "--operators", given)
+
+
+# --- the way back -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_plain_model_in_a_plan_is_the_model(mesh: str, tmp_path: Path) -> None:
+    """Statistics of groups are not those of channels: a saved plan gives back what it was made from."""
+    node = helper.make_node("GroupNormalization", ["a", "s", "t"], ["b"], "groups", num_groups=2)
+    shape = (2, 4, 7, 11, 5)
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), node,
+             helper.make_node("InstanceNormalization", ["b", "s", "t"], ["y"], "cases")]
+    numbers = {"s": np.array([1, 2, 3, 4], np.float32), "t": np.array([0, 1, 0, 2], np.float32)}
+    source = model(nodes, [value("x", shape)], [value("y", shape)], numbers, 21, ir_version=10)
+    pt.partition(source, mesh=mesh).save(tmp_path / "p.onnx")
+    plain = ir.to_proto(pt.load(tmp_path / "p.onnx").unpartitioned())
+    assert {n.domain for n in plain.graph.node} == {""}
+    (found,), (expected,) = (run_ort(m, {"x": volume(shape)}) for m in (plain, source))
+    assert error(found, expected) < 1e-5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +13,13 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 
 from partitioner import dialect
 from partitioner.loader import load_model
+from partitioner.ops import registered
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
+from passes.expand import expand
 from passes.split_reductions import SplitReductions
-from tests.builder import Style
+from tests.builder import Style, wide
+from tests.drawn import DRAWN, IN_FLOAT32, WITHOUT_RULE
 from tests.oracle import as_double, close, compile_plan, error, ort_bits, run_lockstep, run_ort
 from tests.strategies import Network, networks
 
@@ -29,7 +34,7 @@ thorough = settings(quick, derandomize=False, max_examples=MANY)
 def check_float64(network: Network) -> None:
     """Equal to the reference to 1e-12; bytes and messages as foretold (run_lockstep counts them)."""
     note(str(network))
-    inputs = {name: array.astype(np.float64) for name, array in network.inputs.items()}
+    inputs = {name: wide(array) for name, array in network.inputs.items()}
     plan = compile_plan(as_double(network.model), network.mesh, network.cuts, storage=network.storage)
     found = run_lockstep(load_model(ir.to_proto(plan)), inputs).outputs  # from what the file holds, nothing else
     for name, expected in network.expected.items():
@@ -52,7 +57,15 @@ def check_float32(network: Network) -> None:
     found = run_lockstep(plan, network.inputs).outputs
     for name, expected in network.expected.items():
         limit = 3 * error(runtime[name], expected)
+        assert found[name].dtype == runtime[name].dtype
         assert close(found[name], expected, limit), f"{name}: error {error(found[name], expected)}, limit {limit}"
+
+
+    if network.expanded:
+        form = run_ort(ir.to_proto(expand(plan)), network.inputs)
+        for name, expected in network.expected.items():
+            limit = max(3 * error(runtime[name], expected), 1e-5)
+            assert close(form[name], expected, limit), f"{name}, expanded: error {error(form[name], expected)}"
 
 
 def check_integers(network: Network) -> None:
@@ -66,25 +79,56 @@ def check_integers(network: Network) -> None:
         assert np.array_equal(found[name], runtime[name]), name
 
 
-@settings(quick, max_examples=500)
+def test_every_operator_is_drawn() -> None:
+    """An operator without a drawer is in no network here: add one to tests/drawn_*.py."""
+    known = {f"{domain}:{name}".removeprefix(":") for domain, name, _ in registered() if domain != dialect.DOMAIN}
+    assert sorted(known - DRAWN) == []
+    assert sorted(DRAWN - known - set(WITHOUT_RULE)) == []
+
+
+def check_operator(name: str, style: Style, count: int, check: Callable[[Network], None]) -> None:
+    """Networks with one operator, which most of them must have."""
+    having: list[bool] = []
+
+    @settings(quick, max_examples=count)
+    @given(networks(replace(style, focus=name)))
+    def check_all(network: Network) -> None:
+        having.append(any(f"{n.domain}:{n.op_type}".removeprefix(":") == name for n in network.model.graph.node))
+        check(network)
+
+    check_all()
+    assert any(having), f"no network of {len(having)} has {name}"
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN - IN_FLOAT32))
+def test_every_operator_in_float64(name: str) -> None:
+    check_operator(name, Style(steps=4), 3, check_float64)
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN))
+def test_every_operator_in_float32(name: str) -> None:
+    check_operator(name, Style(runtime=True, steps=3), 2, check_float32)
+
+
+@settings(quick, max_examples=120)
 @given(networks(Style()))
 def test_graphs_in_float64(network: Network) -> None:
     check_float64(network)
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=60)
 @given(networks(Style(runtime=True, steps=5)))
 def test_graphs_in_float32(network: Network) -> None:
     check_float32(network)
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=60)
 @given(networks(Style(integers=True, runtime=True, steps=5)))
 def test_graphs_of_integers(network: Network) -> None:
     check_integers(network)
 
 
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=60)
 @given(networks(Style(convolutional=True)))
 def test_nothing_is_gathered_in_a_fully_convolutional_network(network: Network) -> None:
     check_float64(network)

@@ -24,6 +24,14 @@ def _blocksize(view: NodeView) -> tuple[TensorType, int]:
     return data, block
 
 
+def _rows_first(view: NodeView) -> bool:
+    """Whether the place in a block counts before the channel (DCR), not after it (CRD)."""
+    mode = view.text("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise Unsupported(f"mode '{mode}' is unknown; correct the file")
+    return mode == "DCR"
+
+
 @register
 @dataclass(frozen=True)
 class DepthToSpace(Operator):
@@ -49,14 +57,11 @@ class DepthToSpace(Operator):
     @classmethod
     def read(cls, view: NodeView) -> Self:
         data, block = _blocksize(view)
-        mode = view.text("mode", "DCR")
-        if mode not in ("DCR", "CRD"):
-            raise Unsupported(f"mode '{mode}' is unknown; correct the file")
         n, c, h, w = data.shape
         if c % block**2:
             raise Unsupported(f"{c} channels are no multiple of {block**2}; correct the file")
         shape = (n, c // block**2, h * block, w * block)
-        return cls(view.inputs, (TensorType(shape, data.dtype),), block, mode == "DCR")
+        return cls(view.inputs, (TensorType(shape, data.dtype),), block, _rows_first(view))
 
     def needs(self, output: int = 0) -> Needs:
         out = self.outputs[0].shape
@@ -99,8 +104,8 @@ class DepthToSpace(Operator):
 class SpaceToDepth(Operator):
     """Blocks of cells become channels; outputs [a, b) need inputs [a * block, b * block).
 
-    y[n, (i*r + j)*C + c, h, w] = x[n, c, h*r + i, w*r + j]
-    Source: ONNX SpaceToDepth (1, 13).
+    DCR: y[n, (i*r + j)*C + c, h, w] = x[n, c, h*r + i, w*r + j];  CRD: y[n, c*r*r + i*r + j, h, w].
+    Source: ONNX SpaceToDepth (1, 13, 28).
     """
 
     op_types: ClassVar[tuple[str, ...]] = ("SpaceToDepth",)
@@ -108,9 +113,12 @@ class SpaceToDepth(Operator):
         Example("SpaceToDepth", ((2, 3, 6, 10),), {"blocksize": 2}, opset=13),
         Example("SpaceToDepth", ((1, 1, 9, 3),), {"blocksize": 3}, opset=13),
         Example("SpaceToDepth", ((1, 2, 10, 4),), {"blocksize": 2}, opset=9),
+        Example("SpaceToDepth", ((1, 3, 6, 4),), {"blocksize": 2, "mode": "DCR"}, opset=28),
+        Example("SpaceToDepth", ((2, 3, 6, 10),), {"blocksize": 2, "mode": "CRD"}, opset=28),
     )
 
     block: int
+    rows_first: bool
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -119,7 +127,7 @@ class SpaceToDepth(Operator):
         if h % block or w % block:
             raise WrongExtents(f"blocks of {block} do not fill extents {[h, w]}; use multiples of {block}")
         shape = (n, c * block**2, h // block, w // block)
-        return cls(view.inputs, (TensorType(shape, data.dtype),), block)
+        return cls(view.inputs, (TensorType(shape, data.dtype),), block, _rows_first(view))
 
     def needs(self, output: int = 0) -> Needs:
         out = self.outputs[0].shape
@@ -128,7 +136,7 @@ class SpaceToDepth(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         blocks = call.tensor(0).unflatten(3, (-1, self.block)).unflatten(2, (-1, self.block))
-        return (blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3),)
+        return (blocks.permute((0, 3, 5, 1, 2, 4) if self.rows_first else (0, 1, 3, 5, 2, 4)).flatten(1, 3),)
 
     def flops(self, out: float) -> float:
         return 0.0

@@ -16,6 +16,7 @@ from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Op
 from partitioner.ops.registry import register
 from partitioner.ops.resize import local_positions
 from partitioner.ops.shape import checked_axis
+from partitioner.ops.unsigned import moved
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +171,8 @@ class GatherElements(Operator):
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
-        return (x.gather(self.axis, from_front(call.tensor(1), x.shape[self.axis])),)
+        index = from_front(call.tensor(1), x.shape[self.axis])
+        return (moved(lambda cells: cells.gather(self.axis, index), x),)
 
     def flops(self, out: float) -> float:
         return 0.0
@@ -237,7 +239,7 @@ class GatherND(Operator):
         flat = flat_index(index, extents).reshape(batch, -1)
         cells = x.reshape(batch, math.prod(extents), -1)
         wanted = flat.unsqueeze(-1).expand(-1, -1, cells.shape[-1])
-        return (cells.gather(1, wanted).reshape(call.outs[0].shape),)
+        return (moved(lambda found: found.gather(1, wanted), cells).reshape(call.outs[0].shape),)
 
     def flops(self, out: float) -> float:
         return 0.0

@@ -13,6 +13,7 @@ from partitioner.layout import AxisLayout, Layout
 from partitioner.ops.base import Need, Needs, NodeView, Operator, TensorType, Unsupported, need_pieces
 from partitioner.ops.opaque import Opaque
 from partitioner.ops.registry import lookup
+from partitioner.ops.unsigned import refuse_unsigned
 
 _OPERATOR = "partitioner.operator"
 _NEEDS = "partitioner.needs"
@@ -58,7 +59,10 @@ def operator_of(node: ir.Node) -> Operator:
     if cached is not None:
         return cached
     cls = lookup(node.domain, node.op_type)
-    operator = Opaque.of(node, view_node(node)) if cls is None else cls.read(view_node(node))
+    view = view_node(node)
+    if cls is not None and node.domain == "":
+        refuse_unsigned(view)
+    operator = Opaque.of(node, view) if cls is None else cls.read(view)
     node.meta[_OPERATOR] = operator
     return operator
 

@@ -37,6 +37,9 @@ DOMAINS = ("", "com.microsoft", "ai.onnx.ml")
 CONSTANT_BYTES = 1 << 20
 """Constants up to this size are part of the node that onnxruntime runs; larger ones are inputs."""
 
+SAME_SINCE: Mapping[str, int] = {"RoiAlign": 16}
+"""Operators that onnxruntime knows in an older version only, which differs in nothing but the element types."""
+
 
 @dataclass(frozen=True)
 class Opaque(Operator):
@@ -198,6 +201,8 @@ def _model_of(node: ir.Node, view: NodeView, feeds: Sequence[int]) -> bytes:
     outputs = [helper.make_empty_tensor_value_info(name) for name in proto.output]
     graph = helper.make_graph([proto], "node", inputs, outputs, initializers)
     imports = dict(node.graph.opset_imports) if node.graph is not None else {}
+    if node.domain == "" and "" in imports:
+        imports[""] = min(imports[""], SAME_SINCE.get(node.op_type, imports[""]))
     functions = []
     if node.domain == dialect.DOMAIN:
         functions = [dialect.region_proto(node)]

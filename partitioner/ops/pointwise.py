@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from partitioner.ops.base import (
 )
 from partitioner.ops.dtypes import is_known, torch_dtype
 from partitioner.ops.registry import register
+from partitioner.ops.unsigned import compute, shifted
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +58,7 @@ def _power(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _shift(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
-    """Bits moved by xs[1] places; all are gone when that is the width or more."""
-    x, places = xs[0].to(torch.int64), xs[1].to(torch.int64)
-    width = xs[0].element_size() * 8
-    moved = x << places.clamp(max=62) if attributes.get("direction") == "LEFT" else x >> places.clamp(max=62)
-    return torch.where(places >= width, torch.zeros_like(moved), moved).to(xs[0].dtype)
+    return shifted(xs[0], xs[1], attributes.get("direction") == "LEFT")
 
 
 def _is_infinite(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
@@ -195,10 +193,6 @@ INTO: dict[str, Callable[[Attributes, list[torch.Tensor], torch.Tensor], torch.T
 }
 """The functions that torch computes into given memory, with the same bits."""
 
-_WIDENED = ("torch.uint16", "torch.uint32")
-_ANY_TYPE = frozenset({"Identity", "Dropout", "Where", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"})
-"""Operators that torch has for uint64, too large for int64."""
-
 _COMPARISONS = frozenset(
     {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
 )
@@ -269,6 +263,10 @@ class Pointwise(Operator):
         Example("BitwiseNot", ((2, 3, 5),), dtype=ir.DataType.UINT8),
         Example("BitShift", ((2, 3, 5), (3, 1)), {"direction": "LEFT"}, dtype=ir.DataType.UINT8),
         Example("BitShift", ((2, 3, 5), (2, 3, 5)), {"direction": "RIGHT"}, opset=11, dtype=ir.DataType.UINT8),
+        Example("BitShift", ((2, 3, 5), (3, 1)), {"direction": "RIGHT"}, dtype=ir.DataType.UINT64),
+        *(Example(name, ((2, 3, 5), (3, 1)), dtype=ir.DataType.UINT64)
+          for name in ("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Greater", "LessOrEqual", "Equal")),
+        *(Example(name, ((2, 3, 5), (3, 1)), dtype=ir.DataType.UINT32) for name in ("Add", "Mod", "Max", "Less")),
         Example("IsInf", ((2, 3, 5),)),
         Example("IsInf", ((1, 2, 7),), {"detect_negative": 0}, opset=20),
         Example("Pow", ((2, 3, 5), np.array(3, np.int32)), dtype=ir.DataType.INT32),
@@ -297,8 +295,6 @@ class Pointwise(Operator):
         given = [t for t in view.inputs if t is not None]
         if not given:
             raise Unsupported("it has no input; correct the file")
-        if view.op_type not in _ANY_TYPE and any(t.dtype == ir.DataType.UINT64 for t in given):
-            raise Unsupported("arithmetic of uint64 is not supported; use int64")
         has_scalars = view.op_type in ("Clip", "Dropout")
         shape = given[0].shape if has_scalars else _broadcast(given)
         dtype = ir.DataType.BOOL if view.op_type in _COMPARISONS else given[-1 if view.op_type == "Where" else 0].dtype
@@ -319,26 +315,21 @@ class Pointwise(Operator):
         if call.into is not None:
             inputs = [x for x in call.tensors if x is not None]
             return (INTO[self.op_type](attributes, inputs, call.into),)
-        if self.op_type == "Clip":
-            result = _clip_inputs(attributes, call)
-        else:
-            kernel = UNARY.get(self.op_type) or BROADCAST[self.op_type]
-            result = kernel(attributes, [_widened(x) for x in call.tensors if x is not None])
-        wanted = torch_dtype(self.outputs[0].dtype)
-        return (result.to(wanted) if str(wanted) in _WIDENED else result,)
+        given = [x for x in call.tensors if x is not None]
+        kernel = _clip(call) if self.op_type == "Clip" else UNARY.get(self.op_type) or BROADCAST[self.op_type]
+        return (compute(self.op_type, partial(kernel, attributes), given, torch_dtype(self.outputs[0].dtype)),)
 
 
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    """Unsigned numbers for which torch lacks kernels as int64, which holds them all."""
-    return x.to(torch.int64) if str(x.dtype) in _WIDENED else x
+def _clip(call: Call) -> Kernel:
+    """The kernel of a Clip, whose limits may be attributes or inputs that are not all given."""
+    has_low, has_high = call.optional(1) is not None, call.optional(2) is not None
 
+    def run(attributes: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
+        low = xs[1] if has_low else attributes.get("min")
+        high = xs[-1] if has_high else attributes.get("max")
+        return xs[0] if low is None and high is None else torch.clamp(xs[0], min=low, max=high)
 
-def _clip_inputs(attributes: dict[str, Any], call: Call) -> torch.Tensor:
-    low, high = (None if x is None else _widened(x) for x in (call.optional(1), call.optional(2)))
-    result = _widened(call.tensor(0))
-    low = attributes.get("min") if low is None else low
-    high = attributes.get("max") if high is None else high
-    return result if low is None and high is None else torch.clamp(result, min=low, max=high)
+    return run
 
 
 def _refuse_training(view: NodeView) -> None:

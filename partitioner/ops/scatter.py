@@ -17,6 +17,7 @@ from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Op
 from partitioner.ops.gather import flat_index, from_front
 from partitioner.ops.registry import register
 from partitioner.ops.shape import checked_axis
+from partitioner.ops.unsigned import moved
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def _reduction(view: NodeView) -> str:
 def scatter(x: torch.Tensor, axis: int, index: torch.Tensor, updates: torch.Tensor, reduction: str) -> torch.Tensor:
     """A copy of the tensor with updates put in, or combined with what is there."""
     if reduction == "none":
-        return x.scatter(axis, index, updates)
+        return moved(lambda cells, put: cells.scatter(axis, index, put), x, updates)
     return x.scatter_reduce(axis, index, updates, _REDUCTIONS[reduction], include_self=True)
 
 
