@@ -138,7 +138,7 @@ def _model_options(parser: argparse.ArgumentParser, metavar: str, text: str) -> 
     parser.add_argument("--cuts", metavar="AXIS=P,P,...", action="append", default=[],
                         help="where shards begin along a mesh axis, e.g. depth=50 for shards 0-50 and 50-end")
     parser.add_argument("--strict", action="store_true",
-                        help="refuse operators without a sharded rule (they run replicated otherwise, as the plan shows)")
+                        help="refuse operators without a sharded rule (else they run replicated, as the plan shows)")
     parser.add_argument("--operators", metavar="FILE.py|MODULE", action="append", default=[],
                         help="import your own operator classes (see docs/operators.md)")
 

@@ -254,8 +254,9 @@ def _remarks(model: ir.Model, cost: PlanCost) -> list[Text]:
                               f"{', '.join(sorted({str(u.node.name) for u in step.node.outputs[0].uses()}))}, "
                               f"{size_text(int(step.sent.sum()))} on the wire", style="bold red"))
         elif is_fallback(step.node):
-            lines.append(Text(f"NO RULE: {step.node.name} ({step.node.op_type}) runs whole on every rank, by onnxruntime; "
-                              f"{size_text(int(step.workspace.max(initial=0)))} there (--strict refuses it)",
+            lines.append(Text(f"NO RULE: {step.node.name} ({step.node.op_type}) runs whole on every rank, by "
+                              f"onnxruntime; {size_text(int(step.workspace.max(initial=0)))} there "
+                              "(--strict refuses it)",
                               style="bold red"))
     return lines
 

@@ -155,7 +155,7 @@ def _references(plan: Plan, arrays: Mapping[str, Any]) -> Iterator[tuple[dict[st
     own = sorted({n.domain for n in model.graph} - {"", "ai.onnx", *DOMAINS} - {key[0] for key in model.functions})
     if own:
         single = Plan.compile(model, None, plan.input_shapes, {})
-        yield single.run(arrays), f"the model on one shard (onnxruntime does not know the operators of {', '.join(own)})"
+        yield single.run(arrays), f"the model on one shard (onnxruntime has no operators of {', '.join(own)})"
         return
     name = f"onnxruntime {onnxruntime.__version__}, unpartitioned"
     results = run_onnxruntime(model, arrays)

@@ -124,7 +124,8 @@ def bind_inputs(model: ir.Model, shapes: Shapes) -> None:
     symbols: dict[str, int] = {}
     for value in model.graph.inputs:
         if isinstance(value.type, ir.SequenceType | ir.OptionalType):
-            problems.append(f"input '{value.name}' is a sequence or an optional value; export the model with tensors only")
+            problems.append(f"input '{value.name}' is a sequence or an optional value; "
+                            "export the model with tensors only")
             continue
         if value.shape is None or value.dtype is None:
             problems.append(f"input '{value.name}' has no declared rank or type; export the model again")

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.layout import Layout
 from partitioner.ops.base import Array
 from partitioner.ops.nodes import operator_of
 from passes.assign_shards import assign_new
@@ -104,4 +105,10 @@ def _take_place(graph: ir.Graph, node: ir.Node, results: Sequence[ir.Value]) -> 
     for old, result in zip(outputs, results, strict=True):
         result.name = old.name
         result.metadata_props.update(old.metadata_props)
-        dialect.set_layout(result, dialect.get_layout(old))
+        dialect.set_layout(result, _as_held(dialect.get_layout(result), dialect.get_layout(old)))
+
+
+def _as_held(found: Layout, wanted: Layout) -> Layout:
+    """The layout wanted, but for axes that every rank has whole: a merge cannot cut them, its readers can."""
+    axes = tuple(None if held is None else split for held, split in zip(found.axes, wanted.axes, strict=True))
+    return Layout(wanted.shape, axes)

@@ -57,6 +57,7 @@ WHOLE_ON_PURPOSE: dict[tuple[str, int, int | None], str] = {
     ("QLinearConv", 0, 1): CHANNELS,
     ("QLinearConv", 3, None): WEIGHTS,
     ("DepthToSpace", 0, 1): CHANNELS,
+    ("SpaceToDepth", 0, 1): CHANNELS,
     ("GroupNormalization", 0, 1): CHANNELS,
     ("GroupNormalization", 1, 0): WEIGHTS,
     ("GroupNormalization", 2, 0): WEIGHTS,

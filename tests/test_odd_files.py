@@ -81,7 +81,8 @@ def test_constants_of_all_kinds(kind: str) -> None:
         "value_int": [helper.make_node("Constant", [], ["n"], value_int=2), *cast],
         "value_ints": [helper.make_node("Constant", [], ["n"], value_ints=[2]), *cast],
         "sparse_value": [helper.make_node("Constant", [], ["c"], sparse_value=helper.make_sparse_tensor(
-            numpy_helper.from_array(np.array([2], np.float32), "v"), numpy_helper.from_array(np.array([3]), "i"), [5]))],
+            numpy_helper.from_array(np.array([2], np.float32), "v"),
+            numpy_helper.from_array(np.array([3]), "i"), [5]))],
         "ConstantOfShape": [helper.make_node("ConstantOfShape", ["five"], ["c"],
                                              value=numpy_helper.from_array(np.array([2], np.float32)))],
         "Range": [helper.make_node("Range", ["zero", "end", "one"], ["n"]), *cast],
@@ -132,7 +133,8 @@ def test_an_input_that_is_an_output_and_one_that_nobody_reads(tmp_path: Path) ->
     check(source, {**feeds(), "unused": volume((3, 1, 4))}, "depth=2", tmp_path)
 
 
-NAMES = ["/model/conv.1/Conv_output_0", "a b", "x:0", "größe", "日本", "a\tb", "quote'\"", "@0", "%x", "x/halo", "a=b,c",
+NAMES = ["/model/conv.1/Conv_output_0", "a b", "x:0", "größe", "日本", "a\tb", "quote'\"", "@0", "%x", "x/halo",
+         "a=b,c",
          "model.0.weight", "é" * 40, "\\", "<&>", "-1"]
 
 

@@ -211,7 +211,7 @@ def _union(left: Layout, right: Layout) -> Layout:
 def _joined(left: Box, right: Box) -> Box:
     """The smallest box that holds both."""
     if not left or not right:
-        return right if not left else left
+        return left if left else right
     return Box(tuple(union(p, q) for p, q in zip(left.axes, right.axes, strict=True)))
 
 
