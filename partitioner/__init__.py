@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
     from partitioner.verify import Verification
+    from runtime.training import losses
 
 __version__ = "0.1.0"
 
@@ -33,10 +34,14 @@ _HOMES = {
 }
 
 __all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "load", "load_operators",
-           "partition"]
+           "losses", "partition"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        import importlib
+
+        return importlib.import_module("runtime.training.losses")
     if name not in _HOMES:
         raise AttributeError(f"module 'partitioner' has no attribute '{name}'")
     import importlib

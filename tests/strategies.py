@@ -78,7 +78,8 @@ def networks(draw: Draw, style: Style) -> Network:
 
 def grow(b: Builder, wanted: int) -> None:
     """Nodes, every other one spatial; the operator in focus as soon as it fits."""
-    style, every = b.style, drawers(b.style.integers)
+    style, found = b.style, drawers(b.style.integers)
+    every = [found[i] for i in b.random.permutation(len(found))]  # Hypothesis likes what stands first
     sought = drawers(style.integers, style.focus) if style.focus else []
     if sought and b.flag() and b.choose(*sought)(b):
         sought = []
@@ -134,7 +135,8 @@ def meshes(draw: Draw, extents: dict[str, int], most: int = 8) -> tuple[str, dic
     cuts: dict[str, tuple[int, ...]] = {}
     for name in draw(st.permutations(sorted(extents))):
         n, room = extents[name], most // math.prod(counts.values())
-        count = draw(st.integers(1, max(1, min(n, room, 4))))
+        highest = max(1, min(n, room, 4))
+        count = draw(st.integers(1 if counts or draw(st.integers(0, 5)) == 0 else min(2, highest), highest))
         if count == 1:
             continue
         counts[name] = count

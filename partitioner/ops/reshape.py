@@ -146,6 +146,8 @@ def find_groups(shape: tuple[int, ...], target: tuple[int, ...]) -> tuple[Group,
 
 def _group(shape: tuple[int, ...], target: tuple[int, ...], ins: Sequence[int], outs: Sequence[int]) -> Group:
     large_in, large_out = [a for a in ins if shape[a] != 1], [a for a in outs if target[a] != 1]
+    if not large_in and len(ins) == len(outs) == 1:  # an axis of one cell may be cut too, if one shard has it
+        return Group(tuple(ins), tuple(outs), ins[0], outs[0], identity(1), 1, 1)
     if not large_in or not large_out:
         return Group(tuple(ins), tuple(outs), None, None, identity(1), 1, 1)
     source, goal = large_in[0], large_out[0]

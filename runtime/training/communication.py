@@ -203,3 +203,21 @@ class _Tie(torch.autograd.Function):
         if ctx.link.on_backward is not None:
             ctx.link.on_backward()
         return (None, torch.zeros(shape, dtype=dtype, device=device), *grad_outputs)
+
+
+def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """The tensor as it is, its cotangent times a factor: the share of one among replicas."""
+    result = _Scale.apply(tensor, factor)  # type: ignore[no-untyped-call]
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        return grad_outputs[0] * ctx.factor, None

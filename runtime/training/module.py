@@ -12,6 +12,7 @@ makes them.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import onnx_ir as ir
@@ -24,6 +25,7 @@ from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
 from runtime.memory import load_weight, storage_on
 from runtime.program import localise
+from runtime.training.communication import scale_gradient
 from runtime.training.differentiable import Differentiable, Shards
 from runtime.training.gradients import GradientSum
 from runtime.training.parameters import is_trainable, place_for
@@ -61,7 +63,10 @@ class PartitionedModule(nn.Module):
         coordinates = [self.mesh.coordinates(rank) for rank in transport.ranks]
         values = [*(v for v in training_plan.graph.inputs if v.name != dialect.SEED), *evaluation_plan.graph.outputs]
         self._boxes = {str(v.name): [dialect.get_layout(v).box(place) for place in coordinates] for v in values}
-        self._extents = {str(v.name): dialect.shape_of(v) for v in values}
+        self._replicas = {str(v.name): math.prod(n for name, n in self.mesh.axes
+                                                 if name not in dialect.get_layout(v).mesh_axes) for v in values}
+        self._outputs = tuple(str(v.name) for v in evaluation_plan.graph.outputs)
+        self._extents: dict[str, tuple[int, ...]] = {str(v.name): dialect.shape_of(v) for v in values}
         self._inputs = tuple(str(v.name) for v in evaluation_plan.graph.inputs)
         self._drops = any(v.name == dialect.SEED for v in training_plan.graph.inputs)
         found = {str(v.name): dialect.get_statistic(v) for v in training_plan.graph.outputs}
@@ -71,6 +76,33 @@ class PartitionedModule(nn.Module):
             self._add_weights(plan, weights)
         if len(transport.ranks) < self.mesh.size:
             self._sum = GradientSum([p for p in self.parameters() if p.requires_grad])
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether other processes have the other ranks."""
+        return self._sum is not None
+
+    def share(self, output: str | None = None) -> float:
+        """The share in an output's cells of this rank's own part: less than 1 where others have the same part."""
+        return 1 / self._replicas[self._output(output)]
+
+    def cells(self, output: str | None = None) -> int:
+        """Cells of the whole output, channels included."""
+        return math.prod(self._extents[self._output(output)])
+
+    def place_cases(self, sums: torch.Tensor, output: str | None = None) -> torch.Tensor:
+        """Sums per case (axis 1) of this rank's own part among those of all cases."""
+        name = self._output(output)
+        cases, box = self._extents[name][0], self._boxes[name][0]
+        if not self.is_distributed or sums.shape[1] == cases:
+            return sums
+        start = next(iter(box.intervals())).start
+        return torch.nn.functional.pad(sums, (0, 0, start, cases - start - sums.shape[1]))
+
+    def _output(self, name: str | None) -> str:
+        if name is None and len(self._outputs) > 1:
+            raise PartitionError(f"the module has the outputs {', '.join(self._outputs)}; name one")
+        return self._outputs[0] if name is None else name
 
     def _begin(self) -> None:
         """A backward pass begins."""
@@ -161,7 +193,10 @@ class PartitionedModule(nn.Module):
 
     def join(self, name: str, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole output from the shards of all ranks; in a process group this rank's own part."""
-        if len(shards) < self.mesh.size or self.mesh.size == 1:
+        if self.is_distributed:
+            replicas = self._replicas[name]
+            return shards[0] if replicas == 1 else scale_gradient(shards[0], 1 / replicas)
+        if self.mesh.size == 1:
             return shards[0]
         whole = torch.zeros(self._extents[name], dtype=shards[0].dtype, device=self._devices[0])
         seen: set[Box] = set()
