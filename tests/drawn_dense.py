@@ -64,7 +64,8 @@ def gemm(b: Builder) -> bool:
     rows, inner = x.shape[::-1] if flips[0] else x.shape
     columns = b.integer(1, 4)
     other = factor(b, [columns, inner] if flips[1] else [inner, columns])
-    bias = [factor(b, b.choose([columns], [rows, columns], [1, columns], [rows, 1], [1]))] if b.opset < 11 or b.flag() else []
+    biased = b.opset < 11 or b.flag()
+    bias = [factor(b, b.choose([columns], [rows, columns], [1, columns], [rows, 1], [1]))] if biased else []
     scale = b.choose(1.0, 2.0, -1.0) if b.style.integers else b.choose(1.0, 0.5)
     return b.add("Gemm", [x, other, *bias], {"transA": flips[0], "transB": flips[1], "alpha": scale,
                                              "beta": b.choose(1.0, 2.0) if bias else None})

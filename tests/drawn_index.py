@@ -129,7 +129,7 @@ def scatter_nd(b: Builder) -> bool:
 
 @draws("OneHot", exact=True)
 def one_hot(b: Builder) -> bool:
-    x = b.whole(np.int64, -3, 9)
+    x = b.whole(np.int64, -3 if b.opset >= 11 else 0, 9)
     depth = b.integer(3, 7)
     values = np.array([0, 1], np.float32) if b.flag() else np.array([-1, 2], np.float32)
     axis = b.choose(None, b.integer(0, len(x.shape)), -1)

@@ -100,9 +100,12 @@ class PartitionedModule(nn.Module):
         return torch.nn.functional.pad(sums, (0, 0, start, cases - start - sums.shape[1]))
 
     def _output(self, name: str | None) -> str:
-        if name is None and len(self._outputs) > 1:
+        if name is not None:
+            return name
+        first, *others = self._outputs
+        if others:
             raise PartitionError(f"the module has the outputs {', '.join(self._outputs)}; name one")
-        return self._outputs[0] if name is None else name
+        return first
 
     def _begin(self) -> None:
         """A backward pass begins."""
