@@ -7,11 +7,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from partitioner import __version__
-from partitioner.errors import ExecutionError, PartitionError
+from partitioner.errors import AgreedError, ExecutionError, PartitionError
 from partitioner.signals import Ended, orderly_end
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ EXAMPLES = """examples:
 """
 
 
+Action = Callable[[argparse.Namespace], int]
+
+
 class _Parser(argparse.ArgumentParser):
     """Complains in one line, as all of the command does."""
 
@@ -42,13 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     SIGINT, SIGTERM and SIGHUP end it with 128 + their number, after everything half done has been removed.
     """
+    for name in ("stdout", "stderr"):  # closed by whoever started us
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
     options = _parser().parse_args(arguments)
     try:
         with orderly_end():
-            _load_operators(options.operators)
             return options.action(options)
-    except PartitionError as error:
+    except AgreedError as error:
         return _complain(error, 2) if _speaks_for_all() else 2
+    except PartitionError as error:
+        return _complain(error, 2)
     except ExecutionError as error:
         return _complain(error, 1)
     except Ended as end:
@@ -56,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except _Unwritable as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _complain(f"the standard output cannot be written ({error}); redirect it elsewhere", 1)
     except Exception as error:
         if os.environ.get("PARTITIONER_TRACEBACK"):
             raise
@@ -64,12 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                          "set PARTITIONER_TRACEBACK=1 for the details and report it", 1)
 
 
+class _Unwritable(Exception):
+    """The standard output takes nothing more."""
+
+
 def _load_operators(names: Sequence[str]) -> None:
     if names:
         from partitioner.ops.plugins import load_operators
 
         for name in names:
             load_operators(name)
+
+
+def _with_operators(action: Action) -> Action:
+    """The action, after the user's own operators have been imported."""
+    def act(options: argparse.Namespace) -> int:
+        _load_operators(options.operators)
+        return action(options)
+
+    return act
 
 
 def _speaks_for_all() -> bool:
@@ -89,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"partition {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    plan = _command(commands, "plan", _plan, "show layouts, halos, memory and traffic of a partition")
+    plan = _command(commands, "plan", _with_operators(_plan), "show layouts, halos, memory and traffic of a partition")
     _model_options(plan, "MODEL", "an ONNX model (or a plan)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-    compile_ = _command(commands, "compile", _compile, "write a partition as an ONNX file")
+    compile_ = _command(commands, "compile", _with_operators(_compile), "write a partition as an ONNX file")
     _model_options(compile_, "MODEL", "an ONNX model (or a plan)")
     compile_.add_argument("-o", "--output", metavar="FILE", help="file to write (text goes to the screen without it)")
     compile_.add_argument("--emit", choices=("plan", "devices", "text"), default="plan",
@@ -106,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", metavar="[NAME=]FILE", action="append", required=True,
                      help="volume to write, in the same formats (repeat for several outputs)")
     _backend_options(run)
-    verify = _command(commands, "verify", _verify, "compare with onnxruntime on the unpartitioned model")
+    verify = _command(commands, "verify", _with_operators(_verify),
+                      "compare with onnxruntime on the unpartitioned model")
     _model_options(verify, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     verify.add_argument("--input", metavar="[NAME=]FILE", action="append", help="volume to use (random without it)")
     verify.add_argument("--tolerance", type=tolerance, metavar="X",
@@ -159,7 +183,13 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(plan.to_dict())
         return 0
-    _console().print(render(plan.model, plan.cost))
+    try:
+        _console().print(render(plan.model, plan.cost))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unwritable(error.strerror or str(error)) from None
     return 0
 
 
@@ -174,7 +204,7 @@ def _compile(options: argparse.Namespace) -> int:
         raise PartitionError("compile: name the file to write with -o FILE")
     plan = load_plan(options)
     if target is None:
-        sys.stdout.write(plan.to_text())
+        _write(plan.to_text())
         return 0
     if options.emit == "text":
         write_text(Path(target), plan.to_text())
@@ -194,9 +224,10 @@ def _run(options: argparse.Namespace) -> int:
     keep_memory_tight()
     place = place_from_environment()
     if place is not None and place.size > 1 and options.backend == "lockstep":
-        raise PartitionError("backend lockstep runs all shards in one process; start it without torchrun or srun")
+        raise AgreedError("backend lockstep runs all shards in one process; start it without torchrun or srun")
     if place is not None and options.backend != "lockstep":
         return _join(options, place)
+    _load_operators(options.operators)
     backend = options.backend or "lockstep"
     job = file_run(options, backend)
     with _progress(options, True) as progress:
@@ -210,9 +241,14 @@ def _join(options: argparse.Namespace, place: Place) -> int:
     from runtime import group
 
     backend = options.backend or ("nccl" if options.device.startswith("cuda") else "gloo")
-    group.check_backend(backend, options.device, 1)
-    group.join(place, backend)
+    problem: str | None = None
     try:
+        group.check_backend(backend, options.device, 1)
+    except PartitionError as error:
+        problem = str(error)
+    group.join(place, backend if problem is None else "gloo")
+    try:
+        group.agree(problem)
         job, report = _work(options, backend, place)
     finally:
         group.leave()
@@ -229,6 +265,7 @@ def _work(options: argparse.Namespace, backend: Backend, place: Place) -> tuple[
     job: FileRun | None = None
     problem: str | None = None
     try:
+        _load_operators(options.operators)
         job = file_run(options, backend)
     except PartitionError as error:
         problem = str(error)
@@ -271,7 +308,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     place = place_from_environment()
     if place is not None and place.size > 1:
-        raise PartitionError("verify starts its own ranks; start it without torchrun or srun")
+        raise AgreedError("verify starts its own ranks; start it without torchrun or srun")
     keep_memory_tight()
     arrays: dict[str, Any] | None = None
     if options.input:
@@ -305,11 +342,21 @@ def _console() -> Any:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    _write(text + "\n")
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unwritable(error.strerror or str(error)) from None
 
 
 def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    _write(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 class _progress:

@@ -13,6 +13,10 @@ class ShapeError(PartitionError):
     """The network cannot take the extents given; it might take others."""
 
 
+class AgreedError(PartitionError):
+    """A mistake that all ranks of a group know of; one of them tells it."""
+
+
 class ExecutionError(Exception):
     """A failure while running a valid plan: a rank died, a disk filled up (exit code 1)."""
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.api import Backend, Plan, Progress
-from partitioner.errors import PartitionError, refuse_all
+from partitioner.errors import AgreedError, PartitionError, refuse_all
 
 if TYPE_CHECKING:
     from runtime.group import Place
@@ -213,7 +213,7 @@ class FileRun:
         digests = group.gather(seal.digest(self.plan.model))
         other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
         if other is not None:
-            raise PartitionError(f"rank {other} has another model than rank 0; give all hosts the same file")
+            raise AgreedError(f"rank {other} has another model than rank 0; give all hosts the same file")
 
     def _sources(self, stack: contextlib.ExitStack) -> tuple[dict[str, Source], dict[str, Any]]:
         from runtime.rank import FileRef

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Generator, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,10 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from partitioner.errors import ExecutionError, PartitionError
+from partitioner.errors import AgreedError, ExecutionError, PartitionError
 from runtime.feeds import Portion, fill_from_slab, slab_parts
 from runtime.volumes import Source
+
+PATIENCE = timedelta(minutes=5)
+"""How long a rank waits for the others to join."""
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for a peer that computes; a peer that died is noticed at once."""
@@ -39,8 +44,19 @@ def place_from_environment() -> Place | None:
     """Our place when torchrun or Slurm started us; None when nobody did.
 
     Under Slurm the rendezvous address is the first host of the job unless MASTER_ADDR says otherwise.
+
+    Raises:
+        PartitionError: when the numbers in the environment are none.
     """
     env = os.environ
+    try:
+        return _place(env)
+    except ValueError as error:
+        raise PartitionError(f"the environment names no place among the ranks ({error}); start the ranks with torchrun "
+                             "or srun, or unset RANK and SLURM_PROCID") from None
+
+
+def _place(env: MutableMapping[str, str]) -> Place | None:
     if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
@@ -59,17 +75,34 @@ def first_host(nodes: str) -> str:
 def join(place: Place, backend: str, init_method: str = "env://") -> None:
     """Enter the process group; NCCL runs carry a gloo group for small messages in host memory.
 
+    The wait for the others goes on in a thread beside, so that a signal ends it.
+
     Raises:
-        ExecutionError: when the other ranks cannot be reached.
+        ExecutionError: when the other ranks cannot be reached, or do not come in time.
     """
     kind = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-    try:
-        dist.init_process_group(kind, init_method=init_method, rank=place.rank, world_size=place.size,
-                                timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
+    failures: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            store, rank, size = next(rendezvous(init_method, place.rank, place.size, timeout=PATIENCE))
+            store.set_timeout(PATIENCE)
+            dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+    if not failures:
+        return
+    error = failures[0]
+    if isinstance(error, RuntimeError | ValueError):
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ExecutionError(f"rank {place.rank}: cannot reach the other ranks ({reason[:160]}); "
-                             "check MASTER_ADDR, MASTER_PORT and the network") from None
+                             "check MASTER_ADDR, MASTER_PORT and the network, and the other ranks' messages") from None
+    raise error
 
 
 def leave() -> None:
@@ -104,10 +137,10 @@ def agree(problem: str | None) -> None:
     """
     found = gather(problem)
     if problem is not None and all(text == problem for text in found):
-        raise PartitionError(problem)
+        raise AgreedError(problem)
     first = next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
     if first is not None:
-        raise PartitionError(first)
+        raise AgreedError(first)
 
 
 def broadcast(value: Any) -> Any:

@@ -79,7 +79,8 @@ class LpPool(Pool):
         if not 3 <= data.rank <= 5 or kernel is None:
             raise Unsupported(f"its input has {data.rank} axes, kernel_shape is {kernel}; 3 to 5 axes (batch, "
                               "channel, 1 to 3 spatial) and a kernel_shape are needed")
-        windows, ends = read_windows(view, data.shape[2:], kernel, ceil_mode=bool(view.int("ceil_mode", 0)))
+        windows, ends = read_windows(view, data.shape[2:], kernel, ceil_mode=bool(view.int("ceil_mode", 0)),
+                             pooling=True)
         shape = (*data.shape[:2], *(w.n_out for w in windows))
         return cls(view.inputs, (TensorType(shape, data.dtype),), windows, ends, _read_p(view))
 

@@ -78,7 +78,8 @@ def _read_pool(view: NodeView) -> tuple[tuple[TensorType], tuple[Window, ...], t
     kernel = view.ints("kernel_shape")
     if kernel is None:
         raise Unsupported("kernel_shape is missing; correct the file")
-    windows, ends = read_windows(view, data.shape[2:], kernel, ceil_mode=bool(view.int("ceil_mode", 0)))
+    windows, ends = read_windows(view, data.shape[2:], kernel, ceil_mode=bool(view.int("ceil_mode", 0)),
+                             pooling=True)
     shape = (*data.shape[:2], *(w.n_out for w in windows))
     return (TensorType(shape, data.dtype),), windows, ends
 

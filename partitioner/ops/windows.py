@@ -37,7 +37,7 @@ class Border:
 
 
 def read_windows(view: NodeView, extents: Sequence[int], kernel: Sequence[int], *,
-                 ceil_mode: bool = False) -> tuple[tuple[Window, ...], tuple[int, ...]]:
+                 ceil_mode: bool = False, pooling: bool = False) -> tuple[tuple[Window, ...], tuple[int, ...]]:
     """Windows per spatial axis and the padding after each axis, from ONNX attributes.
 
     ceil_mode becomes a longer output; the padding returned is the declared one, which is what an
@@ -46,6 +46,8 @@ def read_windows(view: NodeView, extents: Sequence[int], kernel: Sequence[int], 
     Raises:
         Unsupported: when the attributes contradict one another or leave no output.
     """
+    if pooling:
+        _refuse_short_windows(view, extents, kernel)
     count = len(extents)
     strides = view.ints("strides") or (1,) * count
     dilations = view.ints("dilations") or (1,) * count
@@ -71,6 +73,18 @@ def read_windows(view: NodeView, extents: Sequence[int], kernel: Sequence[int], 
     return tuple(windows), tuple(ends)
 
 
+def _refuse_short_windows(view: NodeView, extents: Sequence[int], kernel: Sequence[int]) -> None:
+    """onnxruntime's pools take the padding of auto_pad as negative where a window is shorter than its stride."""
+    strides = view.ints("strides") or (1,) * len(extents)
+    dilations = view.ints("dilations") or (1,) * len(extents)
+    if not view.text("auto_pad", "NOTSET").startswith("SAME"):
+        return
+    for n, k, s, d in zip(extents, kernel, strides, dilations, strict=False):
+        if (ceil_div(n, max(1, s)) - 1) * s + (k - 1) * d + 1 < n:
+            raise Unsupported(f"auto_pad with a window of {(k - 1) * d + 1} cells at stride {s} leaves cells out, which "
+                              "runtimes see differently; export it with explicit pads")
+
+
 def _pads(auto: str, n: int, reach: int, stride: int, lo: int, hi: int) -> tuple[int, int]:
     if auto in ("NOTSET", ""):
         return lo, hi
@@ -78,7 +92,7 @@ def _pads(auto: str, n: int, reach: int, stride: int, lo: int, hi: int) -> tuple
         return 0, 0
     if auto not in ("SAME_UPPER", "SAME_LOWER"):
         raise Unsupported(f"auto_pad '{auto}' is unknown; correct the file")
-    total = max(0, (ceil_div(n, stride) - 1) * stride + reach - n)
+    total = max(0, (ceil_div(n, stride) - 1) * stride + reach - n)  # 0 for a window shorter than its stride
     small, large = total // 2, total - total // 2
     return (small, large) if auto == "SAME_UPPER" else (large, small)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 import zipfile
@@ -53,6 +54,7 @@ class NpzFormat:
                 raw = read_header(f"{path} ({member.filename})", stream)
         delivery = Delivery(delivered_dtype(path, raw.dtype, dtype))
         if member.compress_type == zipfile.ZIP_STORED:
+            _check_sum(path, member)
             placed = RawArray(_begin(path, member) + raw.offset, raw.shape, raw.dtype, raw.order)
             return MappedSource(Contents(path, placed, delivery))
         opener = partial(_stream, path, member.filename, raw.offset)
@@ -87,6 +89,19 @@ class _Member:
     name: str
     begin: int
     end: int
+
+
+@functools.cache
+def _summed(path: Path, name: str, modified: int) -> None:
+    """Read a member to its end once, so that its checksum is compared."""
+    with _opened(path) as archive, stream_errors(path), archive.open(name) as stream:
+        while stream.read(_COPY_BYTES):
+            pass
+
+
+def _check_sum(path: Path, member: zipfile.ZipInfo) -> None:
+    """Make sure that a member which will be mapped, not read through the archive, is as it was written."""
+    _summed(path, member.filename, path.stat().st_mtime_ns)
 
 
 @contextlib.contextmanager
