@@ -81,8 +81,8 @@ def _refuse_short_windows(view: NodeView, extents: Sequence[int], kernel: Sequen
         return
     for n, k, s, d in zip(extents, kernel, strides, dilations, strict=False):
         if (ceil_div(n, max(1, s)) - 1) * s + (k - 1) * d + 1 < n:
-            raise Unsupported(f"auto_pad with a window of {(k - 1) * d + 1} cells at stride {s} leaves cells out, which "
-                              "runtimes see differently; export it with explicit pads")
+            raise Unsupported(f"auto_pad with a window of {(k - 1) * d + 1} cells at stride {s} leaves cells out, "
+                              "which runtimes see differently; export it with explicit pads")
 
 
 def _pads(auto: str, n: int, reach: int, stride: int, lo: int, hi: int) -> tuple[int, int]:
