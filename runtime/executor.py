@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from partitioner.ops.base import Call
-from partitioner.ops.moments import merge_moments
+from partitioner.ops.kernels.moments import merge_moments
 from runtime.feeds import Drain, Feed, Portion
 from runtime.memory import allocate_buffer, in_storage_order, load_weight, view, views
 from runtime.program import Action, AllReduce, Compute, Exchange, Load, Message, Program, Store, Window

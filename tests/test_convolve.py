@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from partitioner.ops.convolve import Geometry, convolve
+from partitioner.ops.kernels.convolve import Geometry, convolve
 
 
 @dataclass(frozen=True)

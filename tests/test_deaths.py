@@ -120,7 +120,7 @@ def test_a_rank_that_raises(plan: pt.Plan, tmp_path: Path, monkeypatch: pytest.M
         "    def fail(*_, **__):\n"
         "        raise ZeroDivisionError('by nothing\\nat all')\n"
         "    torch.nn.functional.conv3d = torch.conv3d = torch.convolution = fail\n"
-        "    import partitioner.ops.convolve as c\n"
+        "    import partitioner.ops.kernels.convolve as c\n"
         "    import runtime.executor as e\n"
         "    e.compute = fail\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, note, settings
 
 from partitioner import dialect
-from partitioner.ops.windows import local_padding
+from partitioner.ops.kernels.windows import local_padding
 from passes.expand import expand
 from runtime.program import AllReduce, Compute, Exchange, Load, Store, localise
 from tests.examples import Case, case_model, examples

@@ -14,7 +14,7 @@ from torch import nn
 
 import partitioner as pt
 from partitioner.geometry import Box, Interval
-from partitioner.ops.training import uniform
+from partitioner.ops.own.training import uniform
 from runtime.training.parameters import place_for
 from tests.command import kernel, model, value
 from tests.models import NETWORKS

@@ -70,7 +70,7 @@ def test_limits() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64])
 def test_a_sign_fills_up(dtype: type) -> None:
-    from partitioner.ops.unsigned import shifted
+    from partitioner.ops.kernels.unsigned import shifted
 
     x = np.array([-128, -1, 0, 1, 127, -5], dtype)
     for places in (0, 1, 7, np.iinfo(dtype).bits - 1):

@@ -1,7 +1,12 @@
 """One class per operator: its interval map, its kernel and its examples.
 
-To add an operator, write one class with `@register` in one of these files, or in a file of its own here: every
-module of this folder is imported.
+    base, registry, nodes    what an operator is, the table of them, the operator of a node
+    standard, contrib, own   the operators of ONNX, of com.microsoft, of our dialect
+    opaque, plugins          what has no rule here; operators from outside
+    kernels                  arithmetic that several operators share
+    emitter                  the local computation as plain ONNX nodes
+
+To add an operator, write one class with `@register` in a file of `standard`: every module there is imported.
 """
 
 import importlib
@@ -21,8 +26,8 @@ from partitioner.ops.base import (
 from partitioner.ops.plugins import load_declared, load_operators
 from partitioner.ops.registry import lookup, register, registered
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 load_declared()
 
 __all__ = [

@@ -11,9 +11,9 @@ from partitioner import dialect
 from partitioner.geometry import Box, union
 from partitioner.layout import AxisLayout, Layout
 from partitioner.ops.base import Need, Needs, NodeView, Operator, TensorType, Unsupported, need_pieces
+from partitioner.ops.kernels.unsigned import refuse_unsigned
 from partitioner.ops.opaque import Opaque
 from partitioner.ops.registry import lookup
-from partitioner.ops.unsigned import refuse_unsigned
 
 _OPERATOR = "partitioner.operator"
 _NEEDS = "partitioner.needs"

@@ -1,0 +1,1 @@
+"""Operators of com.microsoft, as onnxruntime writes them when it optimises or quantises a model."""

@@ -1,0 +1,81 @@
+"""The local convolution kernels: oneDNN directly on the CPU, torch.nn.functional elsewhere.
+
+On the CPU torch leaves oneDNN for small slabs (N*C*D*H up to about 20480) and becomes up to 20 times
+slower, with bits that depend on the number of threads; the direct operator does neither.  It has no
+gradient, so that training takes torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partitioner.ops.kernels.threads import one_thread
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as functional
+else:
+    from partitioner.lazy import functional, torch
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Per spatial axis stride, padding on both sides (cropping, when transposed) and dilation."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry,
+             transposed: bool = False) -> torch.Tensor:
+    """Convolution or transposed convolution of a local tensor.
+
+    Args:
+        data: (batch, channels, 1 to 3 spatial axes).
+        weight: (out, in / groups, ...), or (in, out / groups, ...) when transposed.
+    """
+    if data.dim() == 3:
+        flat = Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
+        return convolve(data.unsqueeze(2), weight.unsqueeze(2), bias, flat, transposed).squeeze(2)
+    if data.device.type == "cpu" and not transposed and _is_misread(data, weight, geometry):
+        data, weight = (t.clone(memory_format=torch.contiguous_format) for t in (data, weight))
+    if _suits_onednn(data):
+        return _onednn(data, weight, bias, geometry, transposed)
+    if transposed:
+        kernel = functional.conv_transpose2d if data.dim() == 4 else functional.conv_transpose3d
+    else:
+        kernel = functional.conv2d if data.dim() == 4 else functional.conv3d
+    with one_thread(data):
+        return kernel(data, weight, bias, stride=geometry.stride, padding=geometry.padding,
+                      dilation=geometry.dilation, groups=geometry.groups)
+
+
+def _is_misread(data: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN, called by us or by torch, may read beyond a channels-last tensor: then store it channels first.
+
+    Found by trying some 10^5 geometries with torch 2.13: with a stride along the last axis, it returns wrong
+    numbers where one output is left there and a filter reads one channel, and crashes where one input is.
+    """
+    n, kernel = data.shape[-1], weight.shape[-1]
+    stride, padding, dilation = geometry.stride[-1], geometry.padding[-1], geometry.dilation[-1]
+    outputs = (n + 2 * padding - (kernel - 1) * dilation - 1) // stride + 1
+    return stride > 1 and (n == 1 or (outputs == 1 and weight.shape[1] == 1))
+
+
+def _suits_onednn(data: torch.Tensor) -> bool:
+    return (data.device.type == "cpu" and data.dtype == torch.float32 and not torch.is_grad_enabled()
+            and torch.backends.mkldnn.is_available())
+
+
+def _onednn(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry,
+            transposed: bool) -> torch.Tensor:
+    stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
+    if transposed:
+        return torch.ops.mkldnn._convolution_transpose_pointwise(
+            data, weight, bias, padding, [0] * len(padding), stride, dilation, geometry.groups, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise(
+        data, weight, bias, padding, stride, dilation, geometry.groups, "none", [], "")

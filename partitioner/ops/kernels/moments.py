@@ -1,0 +1,101 @@
+"""Mean and spread of a tensor in parts: count, mean and M2 merge without cancellation.
+
+M2 is the sum of squared deviations from the mean; for two parts a and b (Chan, Golub, LeVeque 1979)
+
+    n = na + nb,  d = mean_b - mean_a,  mean = mean_a + d * nb / n,  M2 = M2_a + M2_b + d^2 * na * nb / n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from partitioner.ops.kernels.threads import one_thread
+
+if TYPE_CHECKING:
+    import torch
+else:
+    from partitioner.lazy import torch
+
+Moments = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""Count (int64, no axes), mean and M2 (reduced axes kept with extent 1)."""
+
+
+def moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
+    """Count, mean and M2 of `x` over `axes`.
+
+    Slices along the first axis are reduced first and merged in order, so that the bits do not depend on
+    the number of threads.
+    """
+    with one_thread(x, needed=x.numel() == _cells(x, axes)):
+        return _moments(x, axes)
+
+
+def _moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
+    first, *others = axes
+    count = torch.tensor(_cells(x, axes), dtype=torch.int64, device=x.device)
+    if x.shape[first] == 0 or _cells(x, axes) == 0:
+        shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+        zeros = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        return count, zeros, zeros.clone()
+    if not others:
+        return (count, *_centred(x, (first,)))
+    variance, means = torch.var_mean(x, tuple(others), correction=0, keepdim=True)
+    mean = means.mean(first, keepdim=True)
+    between = (means - mean).square().sum(first, keepdim=True)
+    per_slice = _cells(x, others)
+    return count, mean, (variance.sum(first, keepdim=True) + between) * per_slice
+
+
+def _centred(x: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = x.mean(axes, keepdim=True)
+    deviation = x - mean
+    rest = deviation.mean(axes, keepdim=True)
+    return mean + rest, (deviation - rest).square().sum(axes, keepdim=True)
+
+
+def merge_moments(parts: Sequence[Moments]) -> Moments:
+    """The moments of all parts together, merged in the order given."""
+    count, mean, m2 = parts[0]
+    for other, other_mean, other_m2 in parts[1:]:
+        total = count + other
+        share = (other.to(mean.dtype) / total.clamp(min=1).to(mean.dtype))
+        delta = other_mean - mean
+        m2 = m2 + other_m2 + delta.square() * (count.to(mean.dtype) * share)
+        mean = mean + delta * share
+        count = total
+    return count, mean, m2
+
+
+def group_moments(parts: Moments, groups: int) -> Moments:
+    """The moments of groups of adjacent channels from those of the channels, repeated for every channel."""
+    count, mean, m2 = parts
+    with one_thread(mean):
+        means, m2s = (t.unflatten(1, (groups, -1)) for t in (mean, m2))
+        centre = means.mean(2, keepdim=True)
+        spread = m2s.sum(2, keepdim=True) + (means - centre).square().sum(2, keepdim=True) * count
+    centre, spread = (t.expand_as(means).flatten(1, 2) for t in (centre, spread))
+    return count * means.shape[2], centre, spread
+
+
+def scale_and_shift(scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor,
+                    epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors a, b with (x - mean) / sqrt(variance + epsilon) * scale + bias = x * a + b."""
+    factor = scale * torch.rsqrt(variance + epsilon)
+    return factor, bias - mean * factor
+
+
+def affine(x: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor,
+           into: torch.Tensor | None = None) -> torch.Tensor:
+    """x * factor + offset in one pass, into given memory if there is some; in the factor's type if it is wider."""
+    if x.dtype != factor.dtype:
+        result = torch.addcmul(offset, x.to(factor.dtype), factor).to(x.dtype)
+        return result if into is None else into.copy_(result)
+    return torch.addcmul(offset, x, factor) if into is None else torch.addcmul(offset, x, factor, out=into)
+
+
+def _cells(x: torch.Tensor, axes: Sequence[int]) -> int:
+    cells = 1
+    for axis in axes:
+        cells *= x.shape[axis]
+    return cells

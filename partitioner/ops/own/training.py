@@ -1,0 +1,163 @@
+"""What layers do while a network is trained: batch statistics, and dropout by the cell's global index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner.dialect import DOMAIN
+from partitioner.geometry import Box
+from partitioner.maps import identity
+from partitioner.ops.base import (
+    Call,
+    Decomposer,
+    Need,
+    Needs,
+    NodeView,
+    Operator,
+    Reduction,
+    TensorType,
+    Unsupported,
+    aligned,
+    statistics,
+    whole,
+)
+from partitioner.ops.dtypes import torch_dtype
+from partitioner.ops.kernels.decomposing import merged_moments, number, type_of, wide_type
+from partitioner.ops.kernels.moments import affine, moments, scale_and_shift
+from partitioner.ops.registry import register
+from partitioner.ops.standard.norm import normalize, per_channel
+
+if TYPE_CHECKING:
+    import torch
+
+    from partitioner.ops.emitter import Emitter
+else:
+    from partitioner.lazy import torch
+
+
+@register
+@dataclass(frozen=True)
+class TrainingBatchNormalization(Operator):
+    """Normalisation of every channel by its mean and variance over batch and space, which are results too.
+
+    Inputs x, scale, bias; outputs y, mean, population variance.
+    Source: BatchNormalization in training mode; the running statistics are the module's affair.
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("TrainingBatchNormalization",)
+    domain: ClassVar[str] = DOMAIN
+
+    epsilon: float
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        data = view.input(0)
+        if data.rank < 2 or view.input(1).shape != (data.shape[1],):
+            raise Unsupported(f"scale of {list(view.input(1).shape)} on input {list(data.shape)}; correct the file")
+        vector = TensorType((data.shape[1],), wide_type(data.dtype))
+        return cls(view.inputs, (data, vector, vector), float(np.asarray(view.attributes["epsilon"])))
+
+    @property
+    def reduction(self) -> Reduction:
+        return Reduction(tuple(a for a in range(self.outputs[0].rank) if a != 1))
+
+    def needs(self, output: int = 0) -> Needs:
+        shape = self.outputs[0].shape
+        if output:
+            own = tuple(Need(0, identity(n)) if a == 1 else whole(shape)[a] for a, n in enumerate(shape))
+            return (own, None, None)
+        own = tuple(Need(1, identity(n)) if a == 1 else statistics(a, n) for a, n in enumerate(shape))
+        vector = (Need(1, identity(shape[1])),)
+        return (own, vector, vector)
+
+    def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> tuple[ir.Value, ...]:
+        x, scale, bias = inputs
+        assert x is not None
+        (data, *_) = self.outputs
+        axes = self.reduction.axes
+        merged = merged_moments(write, x, data.shape, axes, wide_type(data.dtype))
+        y = normalize(write, [x, *merged, scale, bias], self.epsilon)
+        _, mean, m2 = merged
+        cells = math.prod(data.shape[a] for a in axes)
+        (variance,) = write.op("Div", [m2, number(write, cells, type_of(m2))])
+        flat = write.constant(np.asarray([data.shape[1]], np.int64))
+        return (y, *(write.op("Reshape", [v, flat])[0] for v in (mean, variance)))
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        x = call.tensor(0)
+        kept = torch_dtype(wide_type(self.outputs[0].dtype))
+        count, mean, m2 = moments(x.to(kept), self.reduction.axes)
+        variance = m2 / count
+        scale, bias = (per_channel(call.tensor(i), x.dim()).to(kept) for i in (1, 2))
+        y = affine(x, *scale_and_shift(scale, bias, mean, variance, self.epsilon))
+        return y, mean.reshape(-1), variance.reshape(-1)
+
+    def flops(self, out: float) -> float:
+        return 6 * out
+
+
+@register
+@dataclass(frozen=True)
+class TrainingDropout(Operator):
+    """Cells kept with probability 1 - ratio and scaled by 1 / (1 - ratio); which ones, their global index says.
+
+    A cell's number is a hash (splitmix64) of seed, layer and index, so that the mask is the same on every mesh.
+    Source: Dropout in training mode.
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("TrainingDropout",)
+    domain: ClassVar[str] = DOMAIN
+
+    ratio: float
+    layer: int
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        return cls(view.inputs, (view.input(0),), view.float("ratio", 0.5), view.int("layer", 0))
+
+    def needs(self, output: int = 0) -> Needs:
+        shape = self.outputs[0].shape
+        return (aligned(shape, shape), ())
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        x = call.tensor(0)
+        if self.ratio <= 0:
+            return (x,)
+        kept = uniform(call.outs[0], self.outputs[0].shape, int(call.tensor(1)), self.layer, x.device) >= self.ratio
+        scale = 0.0 if self.ratio >= 1 else 1 / (1 - self.ratio)
+        return (x * (kept.to(x.dtype) * scale),)
+
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        return (emitter.op("Identity", [names[0]]),)
+
+
+def uniform(box: Box, shape: Sequence[int], seed: int, layer: int, device: torch.device) -> torch.Tensor:
+    """A number in [0, 1) for every cell of a box, a function of seed, layer and the cell's index in `shape`."""
+    index = torch.zeros((1,) * len(shape), dtype=torch.int64, device=device)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        cells = torch.cat([torch.arange(i.start, i.stop, device=device) for i in box.axes[axis]])
+        index = index + (cells * stride).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        stride *= shape[axis]
+    start = (seed * 0x9E3779B97F4A7C15 + layer * 0xD1B54A32D192ED03) % 2**64
+    z = index * _signed(0x9E3779B97F4A7C15) + _signed(start)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(z ^ _shifted(z, 31), 40).to(torch.float32) / 2**24
+
+
+def _signed(number: int) -> int:
+    """64 bits as torch's int64 has them."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """A shift to the right that brings in zeros."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

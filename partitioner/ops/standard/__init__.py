@@ -1,0 +1,1 @@
+"""The operators of ONNX, one class each: map, kernel and examples."""

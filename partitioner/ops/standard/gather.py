@@ -1,0 +1,245 @@
+"""Operators that choose cells by index: known beforehand, or computed from the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner.geometry import Box
+from partitioner.maps import Shift, Taps, Whole, identity
+from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
+from partitioner.ops.kernels.unsigned import moved
+from partitioner.ops.registry import register
+from partitioner.ops.standard.resize import local_positions
+from partitioner.ops.standard.shape import checked_axis
+
+if TYPE_CHECKING:
+    import torch
+
+    from partitioner.ops.emitter import Emitter
+else:
+    from partitioner.lazy import torch
+
+
+def from_front(index: torch.Tensor, extent: int) -> torch.Tensor:
+    """Indices as int64, negative ones counted from the front."""
+    index = index.to(torch.int64)
+    return torch.where(index < 0, index + extent, index)
+
+
+def known_indices(view: NodeView, index: int, extent: int) -> Array | None:
+    """Constant indices, counted from the front; None when they are computed from the data.
+
+    Raises:
+        Unsupported: when one lies outside the axis.
+    """
+    constant = view.constants[index]
+    if constant is None:
+        return None
+    found = constant.numpy().astype(np.int64)
+    if found.size and not (-extent <= int(found.min()) and int(found.max()) < extent):
+        raise Unsupported(f"an index lies outside an axis of {extent} cells; correct the file")
+    return np.where(found < 0, found + extent, found)
+
+
+@register
+@dataclass(frozen=True)
+class Gather(Operator):
+    """Slices of a tensor along an axis, in the order and shape of the indices.
+
+    Constant indices need only the cells that they name; others need the axis whole.
+    Source: ONNX Gather (1, 11, 13).
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("Gather",)
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("Gather", ((2, 3, 7, 5), np.array(-2, np.int64)), {"axis": 2}),
+        Example("Gather", ((2, 3, 7, 5), np.array([1, 2, 4, 5], np.int64)), {"axis": 2}, opset=13),
+        Example("Gather", ((2, 3, 7, 5), np.array([6, 0, 3, 3, -1], np.int32)), {"axis": -2}, opset=11),
+        Example("Gather", ((3, 2, 5), np.array([2, 0], np.int64)), opset=9),
+        Example("Gather", ((2, 5, 7), np.array([[0, 6], [3, 1], [2, 5]], np.int64)), {"axis": 2}),
+        Example("Gather", ((2, 4, 7), np.array([3, 1], np.int64)), {"axis": 1}),
+        Example("Gather", ((2, 4, 7), np.array(1, np.int64)), {"axis": 0}),
+        Example("Gather", ((1, 2, 4, 3, 9), np.array([[8, 0]], np.int64)), {"axis": 4}),
+        Example("Gather", ((2, 9, 3), (2, 3, 5)), {"axis": 1}, dtype=ir.DataType.INT64),
+        Example("Gather", ((9, 4), (2, 1, 7)), dtype=ir.DataType.INT32),
+        Example("Gather", ((1, 3, 9), (4,)), {"axis": -1}, opset=11, dtype=ir.DataType.INT64),
+    )
+
+    axis: int
+    cells: tuple[int, ...] | None
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        data, index = view.input(0), view.input(1)
+        axis = checked_axis(view.int("axis", 0), data.rank)
+        cells = known_indices(view, 1, data.shape[axis])
+        shape = (*data.shape[:axis], *index.shape, *data.shape[axis + 1 :])
+        known = None if cells is None else tuple(int(i) for i in cells.reshape(-1))
+        return cls(view.inputs, (TensorType(shape, data.dtype),), axis, known)
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        """Extents of the indices."""
+        index = self.inputs[1]
+        assert index is not None
+        return index.shape
+
+    def needs(self, output: int = 0) -> Needs:
+        data, shape = self.inputs[0], self.index_shape
+        assert data is not None
+        shift = len(shape) - 1
+        own = [Need(a if a < self.axis else a + shift, identity(n)) for a, n in enumerate(data.shape)]
+        own[self.axis] = self._axis_need(data.shape[self.axis])
+        index = tuple(Need(self.axis + j, identity(n)) for j, n in enumerate(shape))
+        return (tuple(own), index if self.cells is None else None)
+
+    def _axis_need(self, extent: int) -> Need:
+        if self.cells is None or not self.index_shape:
+            return Need(None, Whole(extent, 1))
+        count, inner = self.index_shape[0], math.prod(self.index_shape[1:])
+        rows = tuple(self.cells[i * inner : (i + 1) * inner] for i in range(count))
+        return Need(self.axis, Taps(extent, count, rows))
+
+    def _positions(self, box: Box, out: Box) -> Array:
+        """The known indices of the output's cells, by their places in the local tensor."""
+        position = local_positions(box.axes[self.axis])
+        wanted = out.intervals()[self.axis : self.axis + len(self.index_shape)]
+        cells = np.asarray(self.cells, np.int64).reshape(self.index_shape)
+        part = cells[tuple(slice(i.start, i.stop) for i in wanted)]
+        return np.asarray([position[int(i)] for i in part.reshape(-1)], np.int64).reshape(part.shape)
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        x, out = call.tensor(0), call.outs[0]
+        if self.cells is None:
+            index = from_front(call.tensor(1), x.shape[self.axis]).reshape(-1)
+        else:
+            index = torch.from_numpy(self._positions(call.box(0), out).reshape(-1)).to(x.device)
+        return (x.index_select(self.axis, index).reshape(out.shape),)
+
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        if self.cells is None:
+            return emitter.same(names, 1)
+        assert boxes[0] is not None
+        index = emitter.constant(self._positions(boxes[0], outs[0]))
+        return (emitter.op("Gather", [names[0], index], {"axis": self.axis}),)
+
+    def flops(self, out: float) -> float:
+        return 0.0
+
+
+@register
+@dataclass(frozen=True)
+class GatherElements(Operator):
+    """Cells chosen along one axis, with an index of their own for every cell of the output.
+
+    Source: ONNX GatherElements (11, 13).
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("GatherElements",)
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("GatherElements", ((2, 9, 5), (2, 4, 5)), {"axis": 1}, dtype=ir.DataType.INT64),
+        Example("GatherElements", ((2, 3, 9), (2, 3, 11)), {"axis": -1}, opset=11, dtype=ir.DataType.INT32),
+        Example("GatherElements", ((9, 5), (4, 3)), dtype=ir.DataType.INT64),
+        Example("GatherElements", ((2, 1, 5, 3), np.array([[[[4, -1, 0]], ], [[[-5, 2, 3]]]], np.int64)), {"axis": 2}),
+    )
+
+    axis: int
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        data, index = view.input(0), view.input(1)
+        axis = checked_axis(view.int("axis", 0), data.rank)
+        fits = index.rank == data.rank and all(
+            m <= n or a == axis for a, (m, n) in enumerate(zip(index.shape, data.shape, strict=True)))
+        if not fits:
+            raise Unsupported(f"indices of {list(index.shape)} on extents {list(data.shape)}; correct the file")
+        return cls(view.inputs, (TensorType(index.shape, data.dtype),), axis)
+
+    def needs(self, output: int = 0) -> Needs:
+        data, out = self.inputs[0], self.outputs[0].shape
+        assert data is not None
+        own = tuple(Need(None, Whole(n, 1)) if a == self.axis else Need(a, Shift(n, out[a], 0))
+                    for a, n in enumerate(data.shape))
+        return (own, tuple(Need(a, identity(n)) for a, n in enumerate(out)))
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        x = call.tensor(0)
+        index = from_front(call.tensor(1), x.shape[self.axis])
+        return (moved(lambda cells: cells.gather(self.axis, index), x),)
+
+    def flops(self, out: float) -> float:
+        return 0.0
+
+
+def flat_index(index: torch.Tensor, extents: Sequence[int]) -> torch.Tensor:
+    """Index vectors (last axis) as numbers of cells of a tensor of these extents."""
+    flat = torch.zeros(index.shape[:-1], dtype=torch.int64, device=index.device)
+    for axis, n in enumerate(extents):
+        flat = flat * n + from_front(index[..., axis], n)
+    return flat
+
+
+@register
+@dataclass(frozen=True)
+class GatherND(Operator):
+    """Slices of a tensor named by index vectors; the axes that they index are needed whole.
+
+    Source: ONNX GatherND (11, 12, 13).
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("GatherND",)
+    examples: ClassVar[tuple[Example, ...]] = (
+        Example("GatherND", ((9, 9, 5), (4, 2)), dtype=ir.DataType.INT64),
+        Example("GatherND", ((2, 9, 4), (2, 3, 1)), {"batch_dims": 1}, opset=12, dtype=ir.DataType.INT64),
+        Example("GatherND", ((2, 3, 9, 9, 2), (2, 3, 5, 2)), {"batch_dims": 2}, dtype=ir.DataType.INT64),
+        Example("GatherND", ((9, 2, 7), (3, 4, 1)), opset=11, dtype=ir.DataType.INT64),
+        Example("GatherND", ((3, 4, 5), np.array([[[0, -1]], [[2, 1]]], np.int64))),
+        Example("GatherND", ((3, 4, 5), np.array([0, -1, 2], np.int64))),
+    )
+
+    batch: int
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        data, index = view.input(0), view.input(1)
+        batch = view.int("batch_dims", 0)
+        depth = index.shape[-1] if index.rank else 0
+        if not (0 <= batch < index.rank and 1 <= depth <= data.rank - batch) or index.shape[:batch] != \
+                data.shape[:batch]:
+            raise Unsupported(f"indices of {list(index.shape)} on extents {list(data.shape)}; correct the file")
+        shape = (*index.shape[:-1], *data.shape[batch + depth :])
+        return cls(view.inputs, (TensorType(shape, data.dtype),), batch)
+
+    @property
+    def _parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        data, index = self.inputs
+        assert data is not None and index is not None
+        return data.shape, index.shape
+
+    def needs(self, output: int = 0) -> Needs:
+        shape, index = self._parts
+        first = self.batch + index[-1]
+        shift = len(index) - 1 - first
+        own = tuple(Need(a, identity(n)) if a < self.batch else Need(None, Whole(n, 1)) if a < first
+                    else Need(a + shift, identity(n)) for a, n in enumerate(shape))
+        vectors = tuple(Need(a, identity(n)) for a, n in enumerate(index[:-1]))
+        return (own, (*vectors, Need(None, Whole(index[-1], 1))))
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        x, index, depth = call.tensor(0), call.tensor(1), self._parts[1][-1]
+        batch = math.prod(x.shape[: self.batch])
+        extents = x.shape[self.batch : self.batch + depth]
+        flat = flat_index(index, extents).reshape(batch, -1)
+        cells = x.reshape(batch, math.prod(extents), -1)
+        wanted = flat.unsqueeze(-1).expand(-1, -1, cells.shape[-1])
+        return (moved(lambda found: found.gather(1, wanted), cells).reshape(call.outs[0].shape),)
+
+    def flops(self, out: float) -> float:
+        return 0.0
