@@ -45,10 +45,10 @@ def test_node_types_and_attributes_are_those_of_the_dialect() -> None:
     rows = cells("plan-format.md", "node")
     kinds = {"sum", "prod", "max", "min", "moments"}
     told = {code_of(row[0])[0]: {name for name in code_of(row[3]) if name not in kinds} for row in rows}
-    known = {name: {a.name for a in build(name, 18).attributes.values()} for name, build in dialect._FUNCTIONS.items()}
+    known = {name: {a.name for a in build(name, 18).attributes.values()} for name, build in dialect.FUNCTIONS.items()}
     assert told == known
     for row in rows:
-        function = dialect._FUNCTIONS[code_of(row[0])[0]]("f", 18)
+        function = dialect.FUNCTIONS[code_of(row[0])[0]]("f", 18)
         assert len(row[1].split(",")) == len(function.inputs) and len(row[2].split(",")) == len(function.outputs)
 
 
