@@ -91,8 +91,8 @@ def check_inputs(model: ir.Model, inputs: Arrays) -> None:
 def _array_problem(value: ir.Value, array: Any) -> str | None:
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return f"is a {type(array).__name__}; give a numpy array or a torch tensor"
-    if isinstance(array, np.ma.MaskedArray):
-        return "is a masked array; give plain values, as array.filled(0)"
+    if np.ma.is_masked(array):
+        return "is an array with masked values; give plain ones, as array.filled(0)"
     expected = dialect.shape_of(value)
     if len(array.shape) != len(expected):
         return (f"has {len(array.shape)} axes ({'x'.join(map(str, array.shape))}); "

@@ -84,9 +84,11 @@ def pool(b: Builder) -> bool:
     dilates = b.opset >= (10 if op == "MaxPool" else 19)
     dilations = dilations if dilates else [1] * len(kernel)
     auto = b.choose(None, None, None, "SAME_UPPER", "SAME_LOWER", "VALID")
-    if auto in ("SAME_UPPER", "SAME_LOWER") and b.style.runtime:  # it knows no other SAME pools
-        dilations = [1] * len(kernel)
-        strides = [min(s, k) for s, k in zip(strides, kernel, strict=True)]
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        if b.style.runtime:  # it knows no dilated SAME pools
+            dilations = [1] * len(kernel)
+        # a window shorter than its stride is refused
+        strides = [min(s, (k - 1) * d + 1) for s, k, d in zip(strides, kernel, dilations, strict=True)]
     pads = None if auto else [b.integer(0, min(2, k - 1)) for k in kernel * 2]
     ceil = b.integer(0, 1) if b.opset >= 10 and not auto else None
     if not (auto or "").startswith("SAME") and not fits(x.spatial, kernel, dilations, pads or [0] * 6):
