@@ -12,8 +12,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+import partitioner as pt
 from partitioner import dialect
 from partitioner.geometry import Box, Interval, format_pieces
+from partitioner.loader import fault_of
 from partitioner.maps import Prefix, Suffix
 from partitioner.ops.base import Call, need_pieces
 from partitioner.ops.nodes import operator_of
@@ -80,6 +82,13 @@ def test_group_norm_of_opset_18_scales_groups(mesh: str, cuts: dict[str, tuple[i
     assert close(sharded(source, x, mesh, cuts), exact, 3 * error(run_ort(source, {"x": x})["y0"], exact))
     assert close(sharded(as_double(source), x.astype(np.float64), mesh, cuts),
                  reference64(as_double(source), {"x": x})["y0"], 1e-12)
+
+
+@pytest.mark.parametrize("mesh", [None, "height=2"])
+def test_group_norm_of_opset_18_makes_a_valid_plan(mesh: str | None) -> None:
+    source = model("GroupNormalization", random(2, 6, 9, 7), [random(3, seed=1), random(3, seed=2)], opset=18,
+                   num_groups=3)
+    assert fault_of(pt.partition(source, mesh=mesh).model) is None
 
 
 FAR: dict[str, tuple[Sequence[Array], int, dict[str, Any]]] = {

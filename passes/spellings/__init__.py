@@ -26,7 +26,7 @@ from partitioner import dialect
 from partitioner.ops.nodes import operator_of
 from passes.rewrite import Namer
 from passes.spellings.affine import affine_rules, folding_rules
-from passes.spellings.norms import grouped_rules, variance_rules
+from passes.spellings.norms import grouped_rules, read_group_norm, variance_rules
 from passes.spellings.pads import pad_rules
 from passes.spellings.products import read_product
 
@@ -89,7 +89,7 @@ def _free_name(graph: ir.Graph, wish: str, namer: Namer) -> str:
 @cache
 def _rules(fold_norms: bool) -> Mapping[str, Sequence[Rule]]:
     """The rules by the operator of the last node that they match."""
-    found: dict[str, list[Rule]] = {"Mul": [_product], "Div": [_product]}
+    found: dict[str, list[Rule]] = {"Mul": [_product], "Div": [_product], "GroupNormalization": [_numbers_per_channel]}
     for root, rule in _patterns(fold_norms):
         for variant in rule.commute():
             found.setdefault(root, []).append(_matching(variant))
@@ -114,6 +114,17 @@ def _matching(rule: pattern.RewriteRule) -> Rule:
         return Change(found.match.nodes, made, found.new_initializers)
 
     return apply
+
+
+def _numbers_per_channel(model: ir.Model, node: ir.Node) -> Change | None:
+    """GroupNormalization with numbers per group (opset 18 to 20, deprecated since: the checker refuses it)."""
+    found = read_group_norm(node, model.graph.opset_imports[""])
+    if found is None:
+        return None
+    attributes, constants = found
+    made = dialect.new_node(dialect.DOMAIN, dialect.GROUP_NORMALIZATION, [node.inputs[0], *constants], attributes, 1,
+                            str(node.name))
+    return Change([node], made, constants)
 
 
 def _product(model: ir.Model, node: ir.Node) -> Change | None:

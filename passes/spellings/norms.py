@@ -54,6 +54,25 @@ def _join_groups(op: Any, x: ir.Value, scale: ir.Value, bias: ir.Value, flat: ir
     return op.op(dialect.GROUP_NORMALIZATION, x, *vectors, _domain=dialect.DOMAIN, **attributes)
 
 
+def read_group_norm(node: ir.Node, opset: int) -> tuple[dict[str, Any], list[ir.Value]] | None:
+    """Attributes, and scale and bias per channel, of a GroupNormalization with constant numbers per group."""
+    x, scale, bias = node.inputs
+    if opset >= 21 or x is None or scale is None or bias is None or x.dtype is None:
+        return None
+    given = constant(scale), constant(bias)
+    groups, channels = node.attributes.get_int("num_groups"), shape_of(x)[1]
+    if given[0] is None or given[1] is None or channels % groups:
+        return None
+    vectors: list[ir.Value] = []
+    for array, what in zip(given, ("scale", "bias"), strict=True):
+        assert array is not None
+        tensor = ir.tensor(np.repeat(array, channels // groups), name=f"{node.name}/{what}")
+        vectors.append(ir.Value(name=tensor.name, shape=ir.Shape((channels,)), type=ir.TensorType(x.dtype),
+                                const_value=tensor))
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    return dialect.group_normalization_attributes(groups, epsilon, x.dtype, len(shape_of(x))), vectors
+
+
 # --- mean and variance -------------------------------------------------------------------------------
 
 

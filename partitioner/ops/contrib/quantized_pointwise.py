@@ -25,6 +25,7 @@ from partitioner.ops.base import (
     aligned,
     whole,
 )
+from partitioner.ops.kernels.decomposing import rounded
 from partitioner.ops.registry import register
 from partitioner.ops.standard.quantize import QUANTIZED, quantized_type, saturate
 from partitioner.ops.standard.quantized_conv import centred
@@ -176,7 +177,7 @@ class QuantizedGlobalAverage(Operator):
             (total,) = write.op("Sub", [total, shift])
         (divisor,) = write.op("Mul", [cast(y_scale, real), number(self._count, real)])
         (factor,) = write.op("Div", [cast(x_scale, real), divisor])
-        (result,) = write.op("Round", [write.op("Mul", [cast(total, real), factor])[0]])
+        result = rounded(write, write.op("Mul", [cast(total, real), factor])[0])
         if point is not None:
             (result,) = write.op("Add", [result, cast(point, real)])
         low, high = QUANTIZED[self.outputs[0].dtype]

@@ -43,6 +43,25 @@ def clip(write: Decomposer, value: ir.Value, low: float, high: float | None = No
     return write.op("Clip", [value, *(number(write, b, type_of(value)) for b in bounds.values())])[0]
 
 
+def rounded(write: Decomposer, value: ir.Value) -> ir.Value:
+    """The nearest whole numbers, halves to even ones; opsets before 11 have no operator for it.
+
+    r = floor(x + 1/2), less 1 where that was a half and r is odd.
+    """
+    if write.opset >= 11:
+        return write.op("Round", [value])[0]
+    dtype = type_of(value)
+    half, one, two = (number(write, n, dtype) for n in (0.5, 1, 2))
+    (above,) = write.op("Add", [value, half])
+    (result,) = write.op("Floor", [above])
+    (pairs,) = write.op("Floor", [write.op("Div", [result, two])[0]])
+    (odd,) = write.op("Sub", [result, write.op("Mul", [pairs, two])[0]])
+    (apart,) = write.op("Sub", [above, result])
+    (sign,) = write.op("Sign", write.op("Abs", [apart]))
+    (tie,) = write.op("Sub", [one, sign])
+    return write.op("Sub", [result, write.op("Mul", [odd, tie])[0]])[0]
+
+
 def through_float(write: Decomposer, op_type: str, value: ir.Value) -> ir.Value:
     """Sqrt, Log or Exp; of integers as onnxruntime has it, in float64 and rounded towards zero."""
     dtype = type_of(value)
