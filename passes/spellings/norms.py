@@ -60,8 +60,8 @@ def read_group_norm(node: ir.Node, opset: int) -> tuple[dict[str, Any], list[ir.
     if opset >= 21 or x is None or scale is None or bias is None or x.dtype is None:
         return None
     given = constant(scale), constant(bias)
-    groups, channels = node.attributes.get_int("num_groups"), shape_of(x)[1]
-    if given[0] is None or given[1] is None or channels % groups:
+    groups, channels = node.attributes.get_int("num_groups", 0), shape_of(x)[1]
+    if given[0] is None or given[1] is None or groups < 1 or channels % groups:
         return None
     vectors: list[ir.Value] = []
     for array, what in zip(given, ("scale", "bias"), strict=True):
