@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
     from partitioner.verify import Verification
-    from runtime.training import losses
+    from runtime.training import checkpoint, losses
 
 __version__ = "0.1.0"
 
@@ -33,19 +33,19 @@ _HOMES = {
     "ExecutionError": "partitioner.errors",
 }
 
-__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "load", "load_operators",
-           "losses", "partition"]
+_MODULES = {"checkpoint": "runtime.training.checkpoint", "losses": "runtime.training.losses"}
+
+__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "checkpoint", "load",
+           "load_operators", "losses", "partition"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":
-        import importlib
-
-        return importlib.import_module("runtime.training.losses")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'partitioner' has no attribute '{name}'")
     import importlib
 
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name not in _HOMES:
+        raise AttributeError(f"module 'partitioner' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

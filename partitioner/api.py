@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -30,6 +31,7 @@ from partitioner.guards import (
 from partitioner.layout import Cuts
 from partitioner.loader import fault_of, load_file, load_model, save_model
 from partitioner.mesh import Mesh
+from partitioner.ops.weights import without_gradient
 from partitioner.report import plan_dict, render, to_text
 from partitioner.shapes import with_nearest_shapes
 
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 
 Backend = Literal["lockstep", "gloo", "nccl"]
 Progress = Callable[[int, int, str], None]
+
+FOLDED = ("the batch norms of this model look folded into {count} convolutions ({names}, ...), so that they cannot "
+          "train; export it from torch with pt.partition(module, example, train=True), or with "
+          "torch.onnx.export(module.eval(), ..., optimize=False)")
 
 KEPT_PLANS = 4
 """How many plans a session keeps for shapes that it has seen."""
@@ -53,6 +59,7 @@ def partition(
     cuts: Mapping[str, Sequence[int]] | None = None,
     dump_dir: str | Path | None = None,
     strict: bool = False,
+    train: bool = False,
 ) -> Plan:
     """Partition a model over a mesh of ranks.
 
@@ -64,11 +71,12 @@ def partition(
         cuts: where shards begin, by mesh axis: `{"depth": (0, 50, 121)}`; even shards otherwise.
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators without a sharded rule, which otherwise run replicated on gathered inputs.
+        train: export a torch module so that `Plan.module` can train it: batch norms and dropouts stay.
 
     Raises:
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
-    source, found = _source(model, example)
+    source, found = _source(model, example, train)
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
     return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict)
@@ -85,11 +93,14 @@ def load(path: str | Path) -> Plan:
     return Plan(model)
 
 
-def _source(model: Any, example: Any) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+def _source(model: Any, example: Any, train: bool) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
     if example is not None or _is_module(model):
         from partitioner.exporter import export_module
 
-        return export_module(model, example)
+        return export_module(model, example, train)
+    if train:
+        raise PartitionError("train=True exports a torch module with an example input; a model in a file trains as it "
+                             "is: pt.partition(model, ...).module()")
     return load_model(model), {}
 
 
@@ -258,29 +269,40 @@ class Plan:
         kept = {axis: cuts for axis, cuts in self._cuts.items() if axis not in changed}
         return Plan.compile(self._source, self.mesh, shapes, kept, strict=self._strict)
 
-    def module(self, device: str = "cpu", biased_variance: bool = False) -> PartitionedModule:
+    def module(self, device: str = "cpu", *, checkpoint: bool = False, biased_variance: bool = False,
+               global_statistics: bool = False) -> PartitionedModule:
         """The plan as a `torch.nn.Module`, to be trained.
 
-        With all shards in this process, or as this rank's part where torch.distributed has been initialised with a
-        process for every rank of the mesh.
+        With all shards in this process, or as this rank's part where torch.distributed has been initialised.  Then
+        there is a process for every rank of the mesh, or a multiple: several copies of the network, each of which
+        trains on samples of its own; their gradients are averaged.
 
         Args:
             device: `cpu`, `cuda`, or a list for the ranks in turn.
+            checkpoint: keep few activations and compute the others, halos included, again in the backward pass.
             biased_variance: update running variances with the population's, as ONNX does, not torch's unbiased ones.
+            global_statistics: take batch statistics over all copies of the network, not over each by itself.
 
         Raises:
-            PartitionError: when the plan came from a file, or the processes are not as many as the ranks.
+            PartitionError: when the plan came from a file, the processes are no multiple of the ranks or have
+                different plans, or an operator between a weight and an output has no gradient.
         """
+        from partitioner.exporter import folded_norms
         from runtime.training.build import build_module
+        from runtime.training.module import Network, Options
 
         if self._source is None:
             raise PartitionError("a plan from a file has its weights folded for inference; train the model: "
                                  "pt.partition(model, ...).module()")
+        folded = folded_norms(self._source)
+        if folded:
+            warnings.warn(FOLDED.format(count=len(folded), names=", ".join(folded[:3])), stacklevel=2)
         training, evaluation = (
             compile_plan(self._source, self.mesh, self.input_shapes, self._cuts, strict=self._strict, purpose=purpose)
             for purpose in ("training", "evaluation"))
-        weights = frozenset(str(name) for name in self._source.graph.initializers)
-        return build_module(training, evaluation, weights, device, biased_variance)
+        refuse_all(without_gradient(training))
+        options = Options(biased_variance, checkpoint, global_statistics)
+        return build_module(Network(self._source, training, evaluation), device, options)
 
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""

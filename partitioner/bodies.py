@@ -172,7 +172,7 @@ def _training_dropout(name: str, opset: int) -> ir.Function:
     """In the global view nothing is dropped: the masks belong to a step of training."""
     x, seed = ir.Value(name="x"), ir.Value(name="seed")
     node = ir.Node("", "Identity", [x])
-    return _function(name, opset, [x, seed], [node.outputs[0]], [node], ["ratio", "layer"])
+    return _function(name, opset, [x, seed], [node.outputs[0]], [node], ["ratio", "layer", "channels"])
 
 
 def batch_normalization_attributes(epsilon: float, dtype: ir.DataType, rank: int) -> dict[str, Any]:

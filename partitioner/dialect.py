@@ -8,6 +8,7 @@ onnx.checker accepts a plan and onnxruntime runs it.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ _STORAGE = "partitioner.storage"
 _PASSES = "partitioner.passes"
 _DIGEST = "partitioner.digest"
 _STATISTIC = "partitioner.statistic"
+_SOURCE = "partitioner.source"
+_WHOLE_CHANNELS = "partitioner.dropout.channels"
 
 
 def is_exchange(node: ir.Node) -> bool:
@@ -119,6 +122,17 @@ def get_passes(model: ir.Model) -> tuple[str, ...]:
 def add_pass(model: ir.Model, name: str) -> None:
     """Note that a pass has run."""
     model.metadata_props[_PASSES] = " ".join((*get_passes(model), name))
+
+
+def get_whole_channels(model: ir.Model) -> frozenset[str]:
+    """Names of the Dropout nodes that drop whole channels."""
+    return frozenset(json.loads(model.metadata_props.get(_WHOLE_CHANNELS, "[]")))
+
+
+def set_whole_channels(model: ir.Model, names: Sequence[str]) -> None:
+    """Note the Dropout nodes that drop whole channels, which ONNX cannot say."""
+    if names:
+        model.metadata_props[_WHOLE_CHANNELS] = json.dumps(sorted(names))
 
 
 def get_digest(model: ir.Model) -> str | None:
@@ -196,6 +210,16 @@ class Statistic:
     cells: int
 
 
+def set_source(value: ir.Value, name: str) -> None:
+    """Note the initialiser that a constant was made of: each of its numbers repeated, in other extents."""
+    value.metadata_props[_SOURCE] = name
+
+
+def get_source(value: ir.Value) -> str:
+    """The initialiser that a constant was made of; its own name where it was not made of another."""
+    return value.metadata_props.get(_SOURCE, str(value.name))
+
+
 def set_statistic(value: ir.Value, running: str, momentum: float, cells: int) -> None:
     """Mark an output of the graph as a batch statistic."""
     value.metadata_props[_STATISTIC] = f"{momentum!r} {cells} {running}"
@@ -223,7 +247,7 @@ def new_exchange(op_type: str, value: ir.Value, target: Layout, name: str) -> ir
 def new_all_reduce(kind: str, values: Sequence[ir.Value], mesh_axes: Sequence[str], name: str) -> ir.Node:
     """A merge of partial results (`sum`, `prod`, `max`, `min`, `moments`) over mesh axes."""
     op_type = ALL_REDUCE_MOMENTS if kind == "moments" else ALL_REDUCE
-    attributes = {"op": kind, "mesh_axes": list(mesh_axes)}
+    attributes = {"op": kind, "mesh_axes": ir.AttrStrings("mesh_axes", list(mesh_axes))}
     node = new_node(DOMAIN, op_type, list(values), attributes, len(values), name)
     for source, output in zip(values, node.outputs, strict=True):
         output.shape, output.type = ir.Shape(shape_of(source)), source.type

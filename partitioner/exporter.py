@@ -8,18 +8,25 @@ import logging
 import re
 import warnings
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from partitioner import dialect
 from partitioner.errors import PartitionError
 
 
-def export_module(module: Any, example: Any) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
-    """Export a module in eval mode, its spatial axes open where the network allows it.
+def export_module(module: Any, example: Any, train: bool = False) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    """Export a module, its spatial axes open where the network allows it.
+
+    In eval mode and simplified; with `train`, so that it can learn: torch's exporter would fold batch norms into
+    convolutions and leave out dropouts.  Then everything but norms is traced in training mode and nothing is
+    simplified; dropouts stay as nodes, those of whole channels marked as such.
 
     Args:
-        module: a `torch.nn.Module`.
+        module: a `torch.nn.Module`; left as it was.
         example: one input tensor, or a tuple of them.
 
     Returns:
@@ -38,19 +45,106 @@ def export_module(module: Any, example: Any) -> tuple[ir.Model, dict[str, tuple[
     other = next((type(e).__name__ for e in examples if not isinstance(e, torch.Tensor)), None)
     if other is not None:
         raise PartitionError(f"the example input is a {other}; give a torch tensor, or a tuple of them")
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        program = _export(module, examples)
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    model = ir.from_proto(program)
+    with _mode(module, train), _as_plain_dropouts(module) if train else contextlib.nullcontext(frozenset()) as whole:
+        model = ir.from_proto(_export(module, examples, optimize=not train))
+    if train:
+        _mark_dropouts(model, whole)
+        _drop_made_biases(model)
     shapes = {str(v.name): tuple(int(n) for n in e.shape) for v, e in zip(model.graph.inputs, examples, strict=True)}
     return model, shapes
 
 
-def _export(module: Any, examples: tuple[Any, ...]) -> Any:
+@contextlib.contextmanager
+def _mode(module: Any, train: bool) -> Generator[None]:
+    """All in eval mode, or all but the norms in training mode; as it was afterwards."""
+    import torch
+
+    norms = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.instancenorm._InstanceNorm)  # pyright: ignore
+    modes = {part: part.training for part in module.modules()}
+    module.train(train)
+    for part in modes:
+        if isinstance(part, norms):
+            part.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextlib.contextmanager
+def _as_plain_dropouts(module: Any) -> Generator[frozenset[str]]:
+    """Let dropouts of whole channels be exported as if they were of cells; gives their names."""
+    import torch
+    from torch.nn import functional
+
+    kinds = (torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
+    found = {name: part for name, part in module.named_modules() if isinstance(part, kinds)}
+    for part in found.values():
+        setattr(part, "forward", partial(functional.dropout, p=part.p, training=True))  # noqa: B010 (its own signature)
+    try:
+        yield frozenset(found)
+    finally:
+        for part in found.values():
+            del part.forward
+
+
+def _mark_dropouts(model: ir.Model, whole: frozenset[str]) -> None:
+    """Dropouts do nothing unless a plan is made for training; the model names those of whole channels."""
+    found: list[str] = []
+    for node in model.graph:
+        if node.op_type != "Dropout":
+            continue
+        if len(node.inputs) > 2:
+            node.replace_input_with(2, None)
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        if any(f"'{name}'" in scopes for name in whole):
+            found.append(str(node.name))
+    dialect.set_whole_channels(model, found)
+
+
+def _drop_made_biases(model: ir.Model) -> None:
+    """Leave out the zeros that torch writes for a bias that there is not; in 3D they have wrong extents."""
+    for node in model.graph:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        made = None if bias is None else bias.producer()
+        if made is None or made.op_type != "Expand":
+            continue
+        value = made.inputs[0]
+        source = None if value is None else value.producer()
+        if source is not None and source.op_type == "CastLike" and not np.any(_constant(source.inputs[0])):
+            node.replace_input_with(2, None)
+
+
+def _constant(value: ir.Value | None) -> Any:
+    """The number of a Constant node; NaN for anything else."""
+    node = None if value is None else value.producer()
+    found = None if node is None or node.op_type != "Constant" else node.attributes.get("value")
+    return np.nan if found is None else found.as_tensor().numpy()
+
+
+def folded_norms(model: ir.Model) -> list[str]:
+    """Names of the layers that took up a batch norm when torch exported them, as far as the file shows it.
+
+    torch.export's simplification leaves the norm's module among the node's remarks; the tracer gives weights
+    that it computed names of its own.
+    """
+    return [str(node.name) for node in model.graph if _took_norm(node)]
+
+
+def _took_norm(node: ir.Node) -> bool:
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 2:
+        return False
+    remarks = node.metadata_props
+    if "FuseBatchNorm" in remarks.get("pkg.onnxscript.rewriter.rule_name", ""):
+        return True
+    if "BatchNorm" in remarks.get("pkg.torch.onnx.class_hierarchy", ""):
+        return True
+    weight = node.inputs[1]
+    return weight is not None and re.fullmatch(r"onnx::Conv(Transpose)?_\d+", str(weight.name)) is not None
+
+
+def _export(module: Any, examples: tuple[Any, ...], optimize: bool) -> Any:
     import torch
 
     open_axes = tuple({a: torch.export.Dim.AUTO for a in range(2, e.dim())} for e in examples)
@@ -58,7 +152,8 @@ def _export(module: Any, examples: tuple[Any, ...]) -> Any:
     for dynamic in (open_axes, None):
         try:
             with _quiet():
-                found = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+                found = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=dynamic, optimize=optimize,
+                                          verbose=False)
             assert found is not None
             return found.model_proto
         except Exception as error:

@@ -11,7 +11,7 @@ Extents come from the operators' maps; the file's own annotations are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ from partitioner.errors import ShapeError, refuse_all
 from partitioner.ops.base import NothingLeft, Unsupported, WrongExtents
 from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.opaque import Opaque
+from partitioner.ops.weights import weight_nodes
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.contrib import rewrite_contrib
@@ -55,9 +56,10 @@ class Canonicalize(Pass):
     fold_norms: bool = True
 
     def apply(self, model: ir.Model) -> None:
+        weights = frozenset[str]() if self.fold_norms else frozenset(map(str, model.graph.initializers))
         prepare(model)
         bind_inputs(model, self.shapes)
-        problems = infer_and_fold(model, self.strict)
+        problems = infer_and_fold(model, self.strict, weight_nodes(model.graph, weights))
         if any(p.about_extents for p in problems):
             raise ShapeError("\n".join(p.text for p in problems))
         refuse_all([p.text for p in problems])
@@ -179,13 +181,13 @@ class Problem:
     about_extents: bool = False
 
 
-def infer_and_fold(model: ir.Model, strict: bool = False) -> list[Problem]:
-    """Compute every extent and fold every constant, in place; returns the problems.
+def infer_and_fold(model: ir.Model, strict: bool = False, kept: Container[ir.Node] = ()) -> list[Problem]:
+    """Compute every extent and fold every constant but those that `kept` nodes make, in place; returns the problems.
 
     Nodes that stand for others (an If whose condition is known, an operator that is a function of others)
     are replaced by those, which are visited next.
     """
-    folder = Folder(model)
+    folder = Folder(model, kept)
     problems: list[Problem] = []
     unknown: set[ir.Value] = set()
     waiting = list(model.graph)[::-1]

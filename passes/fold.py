@@ -10,7 +10,7 @@ wait until a value is asked for; then all that wait are computed in one session.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,15 +32,17 @@ _NOT_BY_ONNX = frozenset({"LRN", "Softmax", "LogSoftmax", "Hardmax", "AveragePoo
 class Folder:
     """Keeps track of the nodes that depend on constants alone and computes their values when asked."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, kept: Container[ir.Node] = ()) -> None:
+        """`kept` nodes stay as they are."""
         self.model = model
+        self.kept = kept
         self.pending: dict[ir.Value, ir.Node] = {}
 
     def try_fold(self, node: ir.Node) -> bool:
         """Take a node that constants decide; its outputs become constants when `settle` is called."""
         if node.op_type in _SHAPE_ONLY and node.domain == "":
             return self._fold_shape(node)
-        if node.domain != "" or (node.op_type in RANDOM and node.op_type != "Dropout"):
+        if node in self.kept or node.domain != "" or (node.op_type in RANDOM and node.op_type != "Dropout"):
             return False
         if not all(v is None or self.is_constant(v) for v in self._sources(node)):
             return False

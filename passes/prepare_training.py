@@ -76,8 +76,10 @@ def _seed(model: ir.Model) -> ir.Value:
 
 def _dropout(model: ir.Model, node: ir.Node, seed: ir.Value, namer: Namer) -> None:
     layer = sum(n.op_type == dialect.TRAINING_DROPOUT for n in model.graph)
+    channels = int(node.name in dialect.get_whole_channels(model))
     made = dialect.new_node(dialect.DOMAIN, dialect.TRAINING_DROPOUT, [node.inputs[0], seed],
-                            {"ratio": _ratio(node), "layer": layer}, 1, namer(f"{node.name}/training"))
+                            {"ratio": _ratio(node), "layer": layer, "channels": channels}, 1,
+                            namer(f"{node.name}/training"))
     _replace(model.graph, node, made)
 
 

@@ -42,7 +42,8 @@ class SplitReductions(Pass):
         namer = Namer(model.graph)
         for node in list(compute_nodes(model)):
             mesh_axes = sharded_reduction(node)
-            if not mesh_axes:
+            # batch statistics may be merged over copies of the network beside the mesh
+            if not mesh_axes and node.op_type != dialect.TRAINING_BATCH_NORMALIZATION:
                 continue
             result = operator_of(node).decompose(_Writer(model.graph, node, mesh_axes, namer), node.inputs)
             _take_place(model.graph, node, result if isinstance(result, tuple) else (result,))

@@ -74,7 +74,7 @@ def compare(module: PartitionedModule, name: str, kinds: list[str]) -> None:
     """Every loss on this rank's part, against the torch module on the whole."""
     reference, x = NETWORKS[name].build().double().train(), data(name)
     whole = labels_for(reference(x))
-    output = module._outputs[0]
+    output = module.output_names[0]
     for kind in kinds:
         reference.zero_grad()
         module.zero_grad()

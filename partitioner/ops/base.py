@@ -323,6 +323,11 @@ class Operator(ABC):
         return False
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether the kernel, called without `into`, is differentiable by torch (where the operator itself is)."""
+        return True
+
+    @property
     def is_view(self) -> bool:
         """Whether output 0 is a view of input 0's memory; the kernel must then return one."""
         return False

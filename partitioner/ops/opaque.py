@@ -55,6 +55,10 @@ class Opaque(Operator):
     feeds: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
 
+    @property
+    def has_gradient(self) -> bool:
+        return False
+
     @classmethod
     def read(cls, view: NodeView) -> Self:
         raise Unsupported("this operator has no rule; export the model without it")

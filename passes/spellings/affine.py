@@ -12,7 +12,7 @@ from onnxscript.rewriter import pattern
 from partitioner import dialect
 from partitioner.dialect import shape_of
 from partitioner.ops.base import Array
-from passes.spellings.values import constant, own_constant, spread
+from passes.spellings.values import constant, made_of, own_constant, spread
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -81,7 +81,7 @@ def _with_vector(op: Any, inner: ir.Value, index: int, number: ir.Value) -> ir.V
     if vector is None or len(node.outputs) != 1:
         return None
     inputs = list(node.inputs)
-    inputs[index] = op.initializer(ir.tensor(vector), name=str(number.name))
+    inputs[index] = made_of(op, vector, number, str(number.name))
     return op.op(node.op_type, *inputs, _domain=node.domain, **dict(node.attributes))
 
 

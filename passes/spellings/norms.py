@@ -16,7 +16,7 @@ from partitioner.dialect import shape_of
 from partitioner.ops.base import Array
 from partitioner.ops.nodes import operator_of
 from partitioner.ops.standard.reduce import Reduce
-from passes.spellings.values import constant, near, number, spread
+from passes.spellings.values import constant, made_of, near, number, spread
 
 Expression = Any
 """A value of a pattern: onnxscript's classes for these are private."""
@@ -47,8 +47,8 @@ def _join_groups(op: Any, x: ir.Value, scale: ir.Value, bias: ir.Value, flat: ir
     epsilon, each = node.attributes.get_float("epsilon", 1e-5), shape[1] // middle[1]
     if each == 1:
         return op.op("InstanceNormalization", x, scale, bias, epsilon=epsilon)
-    vectors = [op.initializer(ir.tensor(np.repeat(array, each)), name=f"{result.name}/{what}")
-               for array, what in ((factor, "scale"), (summand, "bias"))]
+    vectors = [made_of(op, np.repeat(array, each), value, f"{result.name}/{what}")
+               for array, value, what in ((factor, scale, "scale"), (summand, bias, "bias"))]
     attributes = dialect.group_normalization_attributes(middle[1], epsilon, x.dtype, len(shape))
     attributes |= {name: ir.tensor(v) for name, v in attributes.items() if isinstance(v, np.ndarray)}
     return op.op(dialect.GROUP_NORMALIZATION, x, *vectors, _domain=dialect.DOMAIN, **attributes)
@@ -64,11 +64,12 @@ def read_group_norm(node: ir.Node, opset: int) -> tuple[dict[str, Any], list[ir.
     if given[0] is None or given[1] is None or groups < 1 or channels % groups:
         return None
     vectors: list[ir.Value] = []
-    for array, what in zip(given, ("scale", "bias"), strict=True):
+    for array, value, what in zip(given, (scale, bias), ("scale", "bias"), strict=True):
         assert array is not None
         tensor = ir.tensor(np.repeat(array, channels // groups), name=f"{node.name}/{what}")
         vectors.append(ir.Value(name=tensor.name, shape=ir.Shape((channels,)), type=ir.TensorType(x.dtype),
                                 const_value=tensor))
+        dialect.set_source(vectors[-1], dialect.get_source(value))
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     return dialect.group_normalization_attributes(groups, epsilon, x.dtype, len(shape_of(x))), vectors
 
@@ -163,7 +164,9 @@ def _normalised(op: Any, x: ir.Value, mean: ir.Value, variance: ir.Value, consta
     vectors: list[Array | None] = [spread(v, shape, start, stop) for v in given] or [
         np.full(shape[start:stop], n, x.dtype.numpy()) for n in (1, 0)]
     names = [v.name for v in given] or [f"{x.name}/scale", f"{x.name}/bias"]
-    known = [op.initializer(ir.tensor(v), name=str(n)) for n, v in zip(names, vectors, strict=True) if v is not None]
+    sources = given or (None, None)
+    known = [op.initializer(ir.tensor(v), name=str(n)) if source is None else made_of(op, v, source, str(n))
+             for n, v, source in zip(names, vectors, sources, strict=True) if v is not None]
     return op.op(op_type, x, *known, **attributes) if len(known) == 2 else None
 
 

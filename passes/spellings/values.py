@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from partitioner import dialect
 from partitioner.ops.base import Array
 
 TOLERANCE = 1e-6
@@ -34,6 +36,13 @@ def constant(value: ir.Value | None) -> Array | None:
 def own_constant(value: ir.Value | None) -> Array | None:
     """The value of a constant that one node alone reads."""
     return None if value is None or len(value.uses()) != 1 else constant(value)
+
+
+def made_of(op: Any, array: Array, value: ir.Value, name: str) -> ir.Value:
+    """A new constant that repeats the numbers of another one, each as often as the next."""
+    made: ir.Value = op.initializer(ir.tensor(array), name=name)
+    dialect.set_source(made, dialect.get_source(value))
+    return made
 
 
 def spread(value: ir.Value, shape: tuple[int, ...], first: int, stop: int) -> Array | None:

@@ -31,14 +31,21 @@ class Link:
 
     Args:
         ranks: the local ranks, in the order in which their tensors are listed.
+        size: how many ranks there are in all.
         storage: axis order of the messages.
         on_backward: called on every rank when a backward pass begins.
     """
 
     transport: Transport
     ranks: tuple[int, ...]
+    size: int
     storage: str
     on_backward: Callable[[], None] | None = None
+
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """All ranks."""
+        return tuple(range(self.size))
 
     def new_token(self, device: torch.device) -> torch.Tensor:
         """The token that enters the first communication step."""

@@ -43,14 +43,15 @@ class Bucket:
 
 
 class GradientSum:
-    """Adds up the gradients of a module's parameters over all ranks of the default process group.
+    """Adds up the gradients of a module's parameters over the ranks, and averages them over copies of the network.
 
-    Gradients that are there before a pass stay as they are: the pass's own sum is added to them.  Those of
-    paused passes are summed with the next pass.
+    Every process of the default group is a rank of a copy.  Gradients that are there before a pass stay as they
+    are: the pass's own sum is added to them.  Those of paused passes are summed with the next pass.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], copies: int = 1) -> None:
         self._group = dist.new_group()
+        self._copies = copies
         self._buckets = _make_buckets(list(parameters)[::-1])
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._next = 0
@@ -58,9 +59,15 @@ class GradientSum:
         self._unsummed: set[nn.Parameter] = set()
         self._fresh: set[nn.Parameter] = set()
         self._running = False
+        self._hooks: list[Any] = []
         for parameter in self._bucket_of:
-            parameter.register_hook(self._before(parameter))
-            parameter.register_post_accumulate_grad_hook(self._after)
+            self._hooks.append(parameter.register_hook(self._before(parameter)))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._after))
+
+    def remove(self) -> None:
+        """Leave the gradients alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
@@ -123,6 +130,8 @@ class GradientSum:
             with peers():
                 bucket.work.wait()
             assert bucket.flat is not None
+            if self._copies > 1:
+                bucket.flat /= self._copies
             for parameter, part in zip(bucket.parameters, _parts(bucket.flat, bucket.parameters), strict=True):
                 earlier = bucket.earlier.get(parameter)
                 parameter.grad = part if earlier is None else earlier + part

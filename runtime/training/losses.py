@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from partitioner.errors import PartitionError
-from runtime.group import gather
+from runtime.group import gather, peers
 from runtime.training.module import PartitionedModule
 
 
@@ -29,14 +29,15 @@ class _Sum(torch.autograd.Function):
     """Sum over ranks; backward the local cotangent as it is."""
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, share: float) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor, share: float, group: dist.ProcessGroup) -> torch.Tensor:
         total = local * share
-        dist.all_reduce(total)
+        with peers():
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        return grad_outputs[0], None
+        return grad_outputs[0], None, None
 
 
 def total(module: PartitionedModule, local: torch.Tensor, output: str | None = None) -> torch.Tensor:
@@ -44,10 +45,13 @@ def total(module: PartitionedModule, local: torch.Tensor, output: str | None = N
 
     Args:
         local: a sum over this rank's own cells (over all cells, where all ranks are in this process).
+
+    Raises:
+        ExecutionError: when a rank is gone.
     """
-    if not module.is_distributed:
+    if module.grid is None:
         return local
-    result = _Sum.apply(local, module.share(output))  # type: ignore[no-untyped-call]
+    result = _Sum.apply(local, module.share(output), module.grid.space)  # type: ignore[no-untyped-call]
     assert isinstance(result, torch.Tensor)
     return result
 

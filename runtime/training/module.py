@@ -4,9 +4,9 @@
     loss = criterion(module(volume), target)
     loss.backward(); optimiser.step()
 
-In a process group every rank holds one shard: `module(volume)` takes the whole volume or the rank's own part and
-returns the rank's part of the result.  The parameters' gradients are summed over the ranks as the backward pass
-makes them.
+In a process group every process holds one shard: `module(volume)` takes the whole volume or the rank's own part and
+returns the rank's part of the result.  The parameters' gradients are summed over the ranks, and averaged over copies
+of the network beside them, as the backward pass makes them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import onnx_ir as ir
 import torch
@@ -23,13 +26,68 @@ from partitioner import dialect
 from partitioner.errors import PartitionError
 from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
-from runtime.memory import load_weight, storage_on
+from partitioner.loader import save_model
+from runtime.group import gather
+from runtime.memory import storage_on
 from runtime.program import localise
-from runtime.training.communication import scale_gradient
-from runtime.training.differentiable import Differentiable, Shards
+from runtime.training.communication import Link, scale_gradient
+from runtime.training.differentiable import Differentiable, Shards, Wiring
 from runtime.training.gradients import GradientSum
-from runtime.training.parameters import is_trainable, place_for
+from runtime.training.grid import ProcessGrid
+from runtime.training.state import State
 from runtime.transports import Transport
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network in the forms that a module needs.
+
+    Args:
+        source: the model that was partitioned.
+        training, evaluation: plans of the network as it trains and as it is, on the same mesh.
+    """
+
+    source: ir.Model
+    training: ir.Model
+    evaluation: ir.Model
+
+    @property
+    def weights(self) -> dict[str, ir.TensorProtocol]:
+        """The weights of the file; other constants neither train nor belong to the state."""
+        return {str(name): v.const_value for name, v in self.source.graph.initializers.items()
+                if v.const_value is not None}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the ranks are.
+
+    Args:
+        transport: reaches the ranks that are not in this process.
+        devices: per local rank.
+        grid: this process among all, when there are others.
+        across: reaches the other copies of the network.
+    """
+
+    transport: Transport
+    devices: tuple[torch.device, ...]
+    grid: ProcessGrid | None = None
+    across: Transport | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a module trains.
+
+    Args:
+        biased_variance: let running variances be those of the population, as ONNX has it, not torch's unbiased ones.
+        checkpoint: keep few activations and compute the others again in the backward pass.
+        global_statistics: take batch statistics over all copies of the network, not over each by itself.
+    """
+
+    biased_variance: bool = False
+    checkpoint: bool = False
+    global_statistics: bool = False
 
 
 class PartitionedModule(nn.Module):
@@ -39,48 +97,76 @@ class PartitionedModule(nn.Module):
     `state_dict` are those names.  In training mode batch norms use the batch's statistics and dropouts drop;
     in evaluation mode the network is the one in the file.
 
-    Args:
-        training_plan, evaluation_plan: the network as it trains and as it is, on the same mesh.
-        weights: names of the weights of the file; other constants are no part of the state.
-        transport: reaches the ranks that are not in this process.
-        devices: per local rank.
-        biased_variance: let running variances be those of the population, as ONNX has it, not torch's unbiased ones.
-
     Attributes:
+        mesh: of the plan.
+        grid: this process among all; None when all ranks are in this process.
         seed: the number from which the dropouts' masks are drawn; a new one for every training step.
     """
 
-    def __init__(self, training_plan: ir.Model, evaluation_plan: ir.Model, weights: frozenset[str],
-                 transport: Transport, devices: Sequence[torch.device], biased_variance: bool = False) -> None:
+    def __init__(self, network: Network, ranks: Ranks, options: Options) -> None:
         super().__init__()
-        self.mesh = dialect.get_mesh(training_plan)
+        self.mesh = dialect.get_mesh(network.training)
+        self.grid = ranks.grid
         self.seed = 0
-        self._biased = biased_variance
-        self._devices = tuple(devices)
+        self._network = network
+        self._options = options
+        self._devices = ranks.devices
         self._sum: GradientSum | None = None
-        self._passes = {training: _differentiable(plan, transport, devices, self._begin)
-                        for training, plan in ((True, training_plan), (False, evaluation_plan))}
-        coordinates = [self.mesh.coordinates(rank) for rank in transport.ranks]
-        values = [*(v for v in training_plan.graph.inputs if v.name != dialect.SEED), *evaluation_plan.graph.outputs]
-        self._boxes = {str(v.name): [dialect.get_layout(v).box(place) for place in coordinates] for v in values}
+        self._shards_parameters = False
+        storage = storage_on(ranks.devices[0], dialect.get_storage(network.training))
+        wiring = _wiring(ranks, self.mesh.size, storage, options, self._begin)
+        self._passes = {training: _differentiable(plan, ranks, wiring, storage, options.checkpoint)
+                        for training, plan in ((True, network.training), (False, network.evaluation))}
+        values = [*(v for v in network.training.graph.inputs if v.name != dialect.SEED),
+                  *network.evaluation.graph.outputs]
+        places = [self.mesh.coordinates(rank) for rank in ranks.transport.ranks]
+        self._boxes = {str(v.name): [dialect.get_layout(v).box(place) for place in places] for v in values}
         self._replicas = {str(v.name): math.prod(n for name, n in self.mesh.axes
                                                  if name not in dialect.get_layout(v).mesh_axes) for v in values}
-        self._outputs = tuple(str(v.name) for v in evaluation_plan.graph.outputs)
         self._extents: dict[str, tuple[int, ...]] = {str(v.name): dialect.shape_of(v) for v in values}
-        self._inputs = tuple(str(v.name) for v in evaluation_plan.graph.inputs)
-        self._drops = any(v.name == dialect.SEED for v in training_plan.graph.inputs)
-        found = {str(v.name): dialect.get_statistic(v) for v in training_plan.graph.outputs}
+        self.input_names = tuple(str(v.name) for v in network.evaluation.graph.inputs)
+        self.output_names = tuple(str(v.name) for v in network.evaluation.graph.outputs)
+        self._drops = any(v.name == dialect.SEED for v in network.training.graph.inputs)
+        found = {str(v.name): dialect.get_statistic(v) for v in network.training.graph.outputs}
         self._statistics = {name: s for name, s in found.items() if s is not None}
-        self._places: dict[str, tuple[nn.Module, str]] = {}
-        for plan in (training_plan, evaluation_plan):
-            self._add_weights(plan, weights)
-        if len(transport.ranks) < self.mesh.size:
-            self._sum = GradientSum([p for p in self.parameters() if p.requires_grad])
+        self._state = State(self, (network.training, network.evaluation), network.weights, ranks.devices[0])
+        if self.grid is not None:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            self._sum = GradientSum(trained, self.grid.replicas)
+
+    # --- where this process stands ---------------------------------------------------------------------
 
     @property
     def is_distributed(self) -> bool:
-        """Whether other processes have the other ranks."""
-        return self._sum is not None
+        """Whether this process holds the shard of one rank only."""
+        return self.grid is not None
+
+    @property
+    def replica(self) -> int:
+        """Which copy of the network this process belongs to."""
+        return 0 if self.grid is None else self.grid.replica
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the network, each of which trains on samples of its own."""
+        return 1 if self.grid is None else self.grid.replicas
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in order.
+
+        Raises:
+            ExecutionError: when a rank is gone.
+        """
+        return [value] if self.grid is None else gather(value)
+
+    def extents(self, name: str) -> tuple[int, ...]:
+        """Extents of a whole input or output."""
+        return self._extents[self._known(name)]
+
+    def own_box(self, name: str) -> Box:
+        """The cells of an input or output that this process holds: its rank's, or all of them."""
+        boxes = self._boxes[self._known(name)]
+        return boxes[0] if self.is_distributed else Box.whole(self._extents[name])
 
     def share(self, output: str | None = None) -> float:
         """The share in an output's cells of this rank's own part: less than 1 where others have the same part."""
@@ -99,13 +185,21 @@ class PartitionedModule(nn.Module):
         start = next(iter(box.intervals())).start
         return torch.nn.functional.pad(sums, (0, 0, start, cases - start - sums.shape[1]))
 
+    def _known(self, name: str) -> str:
+        if name not in self._extents:
+            raise PartitionError(f"the module has no input or output '{name}', only "
+                                 f"{', '.join((*self.input_names, *self.output_names))}")
+        return name
+
     def _output(self, name: str | None) -> str:
         if name is not None:
-            return name
-        first, *others = self._outputs
+            return self._known(name)
+        first, *others = self.output_names
         if others:
-            raise PartitionError(f"the module has the outputs {', '.join(self._outputs)}; name one")
+            raise PartitionError(f"the module has the outputs {', '.join(self.output_names)}; name one")
         return first
+
+    # --- gradients -------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """A backward pass begins."""
@@ -115,26 +209,61 @@ class PartitionedModule(nn.Module):
     @contextlib.contextmanager
     def no_sync(self) -> Generator[None]:
         """Let gradients gather on each rank, to be summed by the first backward pass after the block."""
+        if self._shards_parameters:
+            self.set_requires_gradient_sync(False)  # type: ignore[operator]  # of torch's FSDPModule
         with contextlib.nullcontext() if self._sum is None else self._sum.paused():
             yield
+        if self._shards_parameters:
+            self.set_requires_gradient_sync(True)  # type: ignore[operator]
 
-    def _add_weights(self, plan: ir.Model, weights: frozenset[str]) -> None:
-        """Every weight under its own name, in submodules along its dots."""
-        for value in plan.graph.initializers.values():
-            name = str(value.name)
-            if value.const_value is None or not value.uses() or name in self._places:
-                continue
-            tensor = load_weight(value.const_value, self._devices[0], "channels_first")
-            owner, attribute = place_for(self, name)
-            if name in weights and is_trainable(value):
-                owner.register_parameter(attribute, nn.Parameter(tensor))
-            else:
-                owner.register_buffer(attribute, tensor, persistent=name in weights)
-            self._places[name] = (owner, attribute)
+    def fully_shard(self, over: Literal["batch", "all"] = "batch", **options: Any) -> Self:
+        """Cut parameters, gradients and what the optimiser keeps over processes, by torch's `fully_shard` (FSDP2).
 
-    def weights(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Every weight by the model's name, on a device."""
-        return {name: getattr(owner, attribute).to(device) for name, (owner, attribute) in self._places.items()}
+        Gradients are summed over the ranks of the mesh and averaged over copies of the network, as without it.
+
+        Args:
+            over: `batch`, the copies of the network (the ranks of one hold the same pieces), or `all` processes.
+            options: of `torch.distributed.fsdp.fully_shard`, such as `mp_policy` or `reshard_after_forward`.
+
+        Raises:
+            PartitionError: when all ranks are in this process.
+        """
+        from runtime.training.sharding import shard_module
+
+        if self.grid is None:
+            raise PartitionError("all ranks are in this process, so there is nobody to share parameters with; "
+                                 "start one process for every rank (torchrun)")
+        if self._sum is not None:
+            self._sum.remove()
+            self._sum = None
+        shard_module(self, self.grid, over, options)
+        self._shards_parameters = True
+        return self
+
+    # --- weights ---------------------------------------------------------------------------------------
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write the original model with the weights and running statistics as they are now.
+
+        In a process group all ranks call it; the first one writes.
+
+        Raises:
+            PartitionError: when the path cannot be written.
+        """
+        from runtime.training.export import with_weights
+
+        arrays = self._state.arrays()
+        problem: str | None = None
+        if self.grid is None or torch.distributed.get_rank() == 0:
+            try:
+                save_model(with_weights(self._network.source, arrays), Path(path))
+            except PartitionError as error:
+                problem = str(error)
+        found = next(filter(None, self.gather(problem)), None)
+        if found is not None:
+            raise PartitionError(found)
+
+    # --- passes ----------------------------------------------------------------------------------------
 
     def forward(self, *arrays: torch.Tensor, **named: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """The network's result: a tensor, or a dict when there are several outputs.
@@ -148,10 +277,10 @@ class PartitionedModule(nn.Module):
         Raises:
             PartitionError: for a missing or unknown input or wrong extents.
         """
-        given = {**dict(zip(self._inputs, arrays, strict=False)), **named}
-        wrong = [*(n for n in self._inputs if n not in given), *(n for n in given if n not in self._inputs)]
-        if wrong or len(arrays) > len(self._inputs):
-            raise PartitionError(f"the module takes {', '.join(self._inputs)}; "
+        given = {**dict(zip(self.input_names, arrays, strict=False)), **named}
+        wrong = [*(n for n in self.input_names if n not in given), *(n for n in given if n not in self.input_names)]
+        if wrong or len(arrays) > len(self.input_names):
+            raise PartitionError(f"the module takes {', '.join(self.input_names)}; "
                                  f"check {', '.join(wrong) or 'how many there are'}")
         found = self.shards({name: self.cut(name, array) for name, array in given.items()})
         results = {name: self.join(name, shards) for name, shards in found.items()}
@@ -161,9 +290,9 @@ class PartitionedModule(nn.Module):
         """Per output the cells that every local rank owns, from those of the inputs."""
         given = dict(inputs)
         if self.training and self._drops:
-            given[dialect.SEED] = [torch.tensor(self.seed) for _ in self._devices]
+            given[dialect.SEED] = [torch.tensor(self.seed * self.replicas + self.replica) for _ in self._devices]
             self.seed += 1
-        weights = {device: self.weights(device) for device in set(self._devices)}
+        weights = {device: self._state.tensors(device) for device in set(self._devices)}
         found = self._passes[self.training].run(given, [weights[device] for device in self._devices])
         if self.training:
             self._update_statistics(found)
@@ -171,13 +300,16 @@ class PartitionedModule(nn.Module):
 
     @torch.no_grad()
     def _update_statistics(self, found: Mapping[str, Shards]) -> None:
-        """Move the running statistics towards the batch's, which all ranks have alike."""
+        """Move the running statistics towards the batch's, which all ranks of a copy have alike."""
+        copies = self.replicas if self._options.global_statistics else 1
         for name, statistic in self._statistics.items():
-            owner, attribute = self._places[statistic.running]
-            running = getattr(owner, attribute)
+            running = self._state.place(statistic.running).tensor
             batch = found[name][0].to(running.device, running.dtype)
-            if name.endswith(dialect.VARIANCE) and not self._biased:
-                batch = batch * (statistic.cells / max(1, statistic.cells - 1))
+            cells = statistic.cells * copies
+            if name.endswith(dialect.VARIANCE) and not self._options.biased_variance:
+                batch = batch * (cells / max(1, cells - 1))
+            if self.grid is not None and copies < self.replicas:
+                batch = self.grid.mean_over_replicas(batch)
             running.mul_(statistic.momentum).add_(batch, alpha=1 - statistic.momentum)
 
     def cut(self, name: str, tensor: torch.Tensor) -> Shards:
@@ -186,8 +318,8 @@ class PartitionedModule(nn.Module):
         Raises:
             PartitionError: for other extents.
         """
-        boxes = self._boxes[name]
-        if len(boxes) == 1 and tuple(tensor.shape) == boxes[0].shape:
+        boxes = self._boxes[self._known(name)]
+        if self.is_distributed and tuple(tensor.shape) == boxes[0].shape:
             return [tensor.to(self._devices[0])]
         if tuple(tensor.shape) != self._extents[name]:
             raise PartitionError(f"'{name}' has extents {'x'.join(map(str, tensor.shape))}, the plan takes "
@@ -214,9 +346,17 @@ def _cells(box: Box) -> tuple[slice, ...]:
     return tuple(slice(i.start, i.stop) for i in box.intervals())
 
 
-def _differentiable(plan: ir.Model, transport: Transport, devices: Sequence[torch.device],
-                    on_backward: Callable[[], None]) -> Differentiable:
+def _wiring(ranks: Ranks, size: int, storage: str, options: Options, on_backward: Callable[[], None]) -> Wiring:
+    space = Link(ranks.transport, ranks.transport.ranks, size, storage, on_backward)
+    if ranks.grid is None:
+        return Wiring(space)
+    across = None
+    if ranks.across is not None and options.global_statistics:
+        across = Link(ranks.across, ranks.across.ranks, ranks.grid.replicas, storage)
+    return Wiring(space, across, ranks.grid.gather_space)
+
+
+def _differentiable(plan: ir.Model, ranks: Ranks, wiring: Wiring, storage: str, checkpoint: bool) -> Differentiable:
     lifetimes = find_lifetimes(plan)
-    storage = storage_on(devices[0], dialect.get_storage(plan))
-    programs = [localise(plan, rank, lifetimes, storage) for rank in transport.ranks]
-    return Differentiable(programs, devices, transport, on_backward)
+    programs = [localise(plan, rank, lifetimes, storage) for rank in ranks.transport.ranks]
+    return Differentiable(plan, programs, ranks.devices, wiring, checkpoint)

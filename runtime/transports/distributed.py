@@ -27,10 +27,14 @@ class Distributed:
 
     A dense view travels as it is; others are packed into one buffer per message.  Gloo moves host
     memory only, so that GPU tensors pass through pinned buffers.
+
+    Args:
+        processes: which process has which rank; all of the group, in order, when not given.
     """
 
-    def __init__(self, device: torch.device, backend: str) -> None:
-        self.ranks = (dist.get_rank(),)
+    def __init__(self, device: torch.device, backend: str, processes: Sequence[int] | None = None) -> None:
+        self._processes = processes or range(dist.get_world_size())
+        self.ranks = (self._processes.index(dist.get_rank()),)
         self.traffic = Traffic()
         self._staged = device.type != "cpu" and backend == "gloo"
         self._batched = backend == "nccl"
@@ -52,12 +56,12 @@ class Distributed:
 
     def _transfer(self, incoming: Sequence[_Wire], outgoing: Sequence[_Wire]) -> None:
         if self._batched:
-            operations = [dist.P2POp(dist.irecv, w.flat, w.parcel.peer) for w in incoming]
-            operations += [dist.P2POp(dist.isend, w.flat, w.parcel.peer) for w in outgoing]
+            operations = [dist.P2POp(dist.irecv, w.flat, self._processes[w.parcel.peer]) for w in incoming]
+            operations += [dist.P2POp(dist.isend, w.flat, self._processes[w.parcel.peer]) for w in outgoing]
             works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
         else:
-            works = [dist.irecv(w.flat, w.parcel.peer) for w in incoming]
-            works += [dist.isend(w.flat, w.parcel.peer) for w in outgoing]
+            works = [dist.irecv(w.flat, self._processes[w.parcel.peer]) for w in incoming]
+            works += [dist.isend(w.flat, self._processes[w.parcel.peer]) for w in outgoing]
         for work in works:
             work.wait()
 

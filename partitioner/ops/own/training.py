@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -11,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner.dialect import DOMAIN
-from partitioner.geometry import Box
+from partitioner.geometry import Box, Interval
 from partitioner.maps import identity
 from partitioner.ops.base import (
     Call,
@@ -28,7 +27,7 @@ from partitioner.ops.base import (
     whole,
 )
 from partitioner.ops.dtypes import torch_dtype
-from partitioner.ops.kernels.decomposing import merged_moments, number, type_of, wide_type
+from partitioner.ops.kernels.decomposing import cast, merged_moments, type_of, wide_type
 from partitioner.ops.kernels.moments import affine, moments, scale_and_shift
 from partitioner.ops.registry import register
 from partitioner.ops.standard.norm import normalize, per_channel
@@ -83,9 +82,8 @@ class TrainingBatchNormalization(Operator):
         axes = self.reduction.axes
         merged = merged_moments(write, x, data.shape, axes, wide_type(data.dtype))
         y = normalize(write, [x, *merged, scale, bias], self.epsilon)
-        _, mean, m2 = merged
-        cells = math.prod(data.shape[a] for a in axes)
-        (variance,) = write.op("Div", [m2, number(write, cells, type_of(m2))])
+        count, mean, m2 = merged
+        (variance,) = write.op("Div", [m2, cast(write, count, type_of(m2))])
         flat = write.constant(np.asarray([data.shape[1]], np.int64))
         return (y, *(write.op("Reshape", [v, flat])[0] for v in (mean, variance)))
 
@@ -108,7 +106,8 @@ class TrainingDropout(Operator):
     """Cells kept with probability 1 - ratio and scaled by 1 / (1 - ratio); which ones, their global index says.
 
     A cell's number is a hash (splitmix64) of seed, layer and index, so that the mask is the same on every mesh.
-    Source: Dropout in training mode.
+    With `channels`, all cells of a channel have one number.
+    Source: Dropout in training mode; torch's Dropout1d, 2d and 3d.
     """
 
     op_types: ClassVar[tuple[str, ...]] = ("TrainingDropout",)
@@ -116,10 +115,12 @@ class TrainingDropout(Operator):
 
     ratio: float
     layer: int
+    channels: bool
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
-        return cls(view.inputs, (view.input(0),), view.float("ratio", 0.5), view.int("layer", 0))
+        return cls(view.inputs, (view.input(0),), view.float("ratio", 0.5), view.int("layer", 0),
+                   bool(view.int("channels", 0)))
 
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
@@ -129,7 +130,11 @@ class TrainingDropout(Operator):
         x = call.tensor(0)
         if self.ratio <= 0:
             return (x,)
-        kept = uniform(call.outs[0], self.outputs[0].shape, int(call.tensor(1)), self.layer, x.device) >= self.ratio
+        box, shape = call.outs[0], self.outputs[0].shape
+        if self.channels:
+            box = Box((*box.axes[:2], *((Interval(0, 1),) for _ in shape[2:])))
+            shape = (*shape[:2], *(1 for _ in shape[2:]))
+        kept = uniform(box, shape, int(call.tensor(1)), self.layer, x.device) >= self.ratio
         scale = 0.0 if self.ratio >= 1 else 1 / (1 - self.ratio)
         return (x * (kept.to(x.dtype) * scale),)
 

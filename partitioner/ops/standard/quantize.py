@@ -168,6 +168,10 @@ class QuantizeLinear(Quantization):
                                    np.array([[[3, 0, 9]] * 2], np.uint8)), {"axis": 2, "block_size": 3}, opset=21),
     )
 
+    @property
+    def has_gradient(self) -> bool:
+        return False
+
     @classmethod
     def read(cls, view: NodeView) -> Self:
         data = view.input(0)

@@ -1,0 +1,113 @@
+"""Which values of a program live when, and what enters a run of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+
+from partitioner import dialect
+from partitioner.lifetime import find_lifetimes
+from runtime.program import Action, AllReduce, Exchange, Load, Program, Store
+from runtime.training.segments import StepBytes
+
+
+@dataclass(frozen=True)
+class Use:
+    """The first step that writes a buffer, the last one that writes it, and the last one that touches it."""
+
+    born: int
+    extended: int
+    dies: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that enters a segment: of a rank, an `input` of the model, a `weight` or a `value`."""
+
+    rank: int
+    kind: Literal["input", "weight", "value"]
+    name: str
+
+
+def touched(action: Action) -> tuple[list[str], list[str]]:
+    """Names that an action reads, and buffers that it writes."""
+    if isinstance(action, Load):
+        return [action.name], [action.window.buffer]
+    if isinstance(action, Store):
+        return [action.window.buffer], []
+    if isinstance(action, Exchange):
+        return [action.source.buffer], [action.target]
+    if isinstance(action, AllReduce):
+        return [w.buffer for w in action.sources], [w.buffer for w in action.targets]
+    return [w.buffer for w in action.reads if w is not None], [w.buffer for w in action.writes]
+
+
+def find_uses(program: Program) -> dict[str, Use]:
+    """Per buffer the steps between which it lives."""
+    born: dict[str, int] = {}
+    extended: dict[str, int] = {}
+    dies: dict[str, int] = {}
+    for index, step in enumerate(program.steps):
+        reads, writes = touched(step.action)
+        for name in writes:
+            born.setdefault(name, index)
+            extended[name] = index
+        for name in (*reads, *writes):
+            dies[name] = index
+    return {name: Use(first, extended[name], dies[name]) for name, first in born.items()}
+
+
+def find_sizes(plan: ir.Model, uses: Mapping[str, Use]) -> list[StepBytes]:
+    """What every buffer takes on all ranks together: the same numbers, and so the same segments, on every rank."""
+    sizes: dict[str, int] = {}
+    buffer_of = find_lifetimes(plan).buffer_of
+    for value in (*plan.graph.inputs, *(v for node in plan.graph for v in node.outputs)):
+        if value.name in buffer_of and value.dtype is not None:
+            name = buffer_of[str(value.name)]
+            nbytes = math.prod(dialect.shape_of(value)) * value.dtype.itemsize
+            sizes[name] = max(sizes.get(name, 0), int(nbytes))
+    return [StepBytes(sizes.get(name, 0), use.born, use.dies) for name, use in uses.items()]
+
+
+def entering(programs: Sequence[Program], weights: Sequence[Mapping[str, torch.Tensor]], uses: Mapping[str, Use],
+              start: int, stop: int) -> list[Slot]:
+    """All that the steps of a segment read and do not make themselves, each tensor once."""
+    slots: dict[Slot, None] = {}
+    shared: set[int] = set()
+    for index in range(start, stop):
+        for number, program in enumerate(programs):
+            action = program.steps[index].action
+            for name in touched(action)[0]:
+                weight = weights[number].get(name)
+                if isinstance(action, Load):
+                    slots[Slot(number, "input", name)] = None
+                elif weight is not None and id(weight) not in shared:
+                    shared.add(id(weight))
+                    slots[Slot(number, "weight", name)] = None
+                elif weight is None and uses[name].born < start:
+                    slots[Slot(number, "value", name)] = None
+    return list(slots)
+
+
+def some_empty(plan: ir.Model) -> bool:
+    """Whether some rank has no cells of some value."""
+    layouts = [dialect.get_layout(v) for node in plan.graph for v in node.outputs]
+    return any(not part for layout in layouts for axis in layout.axes if axis is not None for part in axis.parts)
+
+
+def find_batch_statistics(plan: ir.Model) -> frozenset[str]:
+    """Names of the merges of statistics that the module keeps running: batch norms', not instance norms'."""
+    found: set[str] = set()
+    for value in plan.graph.outputs:
+        node = value.producer() if dialect.get_statistic(value) is not None else None
+        while node is not None and not dialect.is_all_reduce(node):
+            source = node.inputs[0]
+            node = None if source is None else source.producer()
+        if node is not None:
+            found.add(str(node.name))
+    return frozenset(found)
