@@ -63,18 +63,23 @@ _ORGANS = (
 )
 
 
-def phantom(shape: Sequence[int] = DEFAULT_SHAPE, seed: int = 0) -> Phantom:
+def phantom(shape: Sequence[int] = DEFAULT_SHAPE, seed: int = 0, variety: float = 0) -> Phantom:
     """A phantom of the given extents (depth, height, width), each at least 1; seconds for 10^8 voxels.
 
     Lesions lie inside the liver at places drawn from the seed; the noise is smooth, as a scanner's is.
+
+    Args:
+        variety: how much organs differ between seeds: their centres move by up to this much of half the extents, and
+            their radii change by up to this share.
     """
     depth, height, width = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     grid = (depth[:, None, None], height[None, :, None], width[None, None, :])
     random = np.random.default_rng(seed)
     classes = np.zeros(tuple(shape), dtype=np.uint8)
-    for organ in _ORGANS:
+    organs = _varied(random, variety) if variety else _ORGANS
+    for organ in organs:
         classes[_inside(organ, grid)] = organ.kind
-    for lesion in _lesions(random):
+    for lesion in _lesions(random, organs[-1]):
         classes[_inside(lesion, grid) & (classes == _LIVER)] = _LESION
     # Vertebrae: a column behind the organs, its radius swelling and shrinking along the body's axis.
     radius = 0.14 + 0.02 * np.cos(depth * 20)
@@ -116,8 +121,18 @@ def _inside(organ: _Ellipsoid, grid: tuple[NDArray[np.float32], ...]) -> NDArray
     return terms[0] + terms[1] + terms[2] < 1
 
 
-def _lesions(random: np.random.Generator) -> list[_Ellipsoid]:
-    liver = _ORGANS[-1]
+def _varied(random: np.random.Generator, variety: float) -> tuple[_Ellipsoid, ...]:
+    """The organs of another patient: the body keeps its place, what is in it moves and changes its size."""
+    found: list[_Ellipsoid] = []
+    for organ in _ORGANS:
+        moves = organ.kind != _BODY
+        d, h, w = (c + moves * random.uniform(-variety, variety) for c in organ.centre)
+        rd, rh, rw = (r * (1 + random.uniform(-variety, variety)) for r in organ.radii)
+        found.append(_Ellipsoid(organ.kind, (d, h, w), (rd, rh, rw)))
+    return tuple(found)
+
+
+def _lesions(random: np.random.Generator, liver: _Ellipsoid) -> list[_Ellipsoid]:
     found: list[_Ellipsoid] = []
     for _ in range(9):
         offset = random.uniform(-0.6, 0.6, 3)

@@ -104,11 +104,16 @@ def gather_partials(link: Link, groups: Sequence[tuple[int, ...]], token: torch.
     return token, results
 
 
-def tie(link: Link, token: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Tensors:
-    """The outputs, whose backward pass begins with the last communication step on every rank."""
+def tie(link: Link, token: torch.Tensor, outputs: Sequence[torch.Tensor],
+        touched: Sequence[torch.Tensor] = ()) -> Tensors:
+    """The outputs, whose backward pass begins with the last communication step on every rank.
+
+    Args:
+        touched: tensors that get a gradient, of zeros, even where nothing was computed from them.
+    """
     if not token.requires_grad:
         return tuple(outputs)
-    return tuple(_Tie.apply(link, token, *outputs))  # type: ignore[no-untyped-call]
+    return tuple(_Tie.apply(link, len(outputs), token, *outputs, *touched))  # type: ignore[no-untyped-call]
 
 
 class _Exchange(torch.autograd.Function):
@@ -200,16 +205,17 @@ def _swap(link: Link, groups: Sequence[tuple[int, ...]],
 
 class _Tie(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, link: Link, token: torch.Tensor, *outputs: torch.Tensor) -> Tensors:
-        ctx.link, ctx.token = link, (token.shape, token.dtype, token.device)
-        return tuple(t.view_as(t) for t in outputs)
+    def forward(ctx: Any, link: Link, count: int, token: torch.Tensor, *tensors: torch.Tensor) -> Tensors:
+        ctx.link = link
+        ctx.zeros = [(t.shape, t.dtype, t.device) for t in (token, *tensors[count:])]
+        return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        shape, dtype, device = ctx.token
         if ctx.link.on_backward is not None:
             ctx.link.on_backward()
-        return (None, torch.zeros(shape, dtype=dtype, device=device), *grad_outputs)
+        token, *touched = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.zeros)
+        return (None, None, token, *grad_outputs, *touched)
 
 
 def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:

@@ -95,12 +95,14 @@ class Differentiable:
         self._uses = find_uses(programs[0])
         self.segments = choose_segments(find_sizes(plan, self._uses), steps) if checkpoint else ((0, steps),)
 
-    def run(self, inputs: Mapping[str, Shards], weights: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Shards]:
+    def run(self, inputs: Mapping[str, Shards], weights: Sequence[Mapping[str, torch.Tensor]],
+            touched: Sequence[torch.Tensor] = ()) -> dict[str, Shards]:
         """Outputs per name, on every local rank the cells that it owns.
 
         Args:
             inputs: per name, on every local rank the cells that it owns.
             weights: per local rank, by the names of the model.
+            touched: parameters of which every rank needs a gradient, those without cells too.
         """
         ranks = [Rank(p, d, w) for p, d, w in zip(self.programs, self.devices, weights, strict=True)]
         outputs: dict[str, Shards] = {}
@@ -110,7 +112,8 @@ class Differentiable:
                 token = self._steps(ranks, start, stop, inputs, outputs, token)
             else:
                 token = self._segment(ranks, start, stop, inputs, outputs, token)
-        tied = iter(tie(self.wiring.space, token, [t for shards in outputs.values() for t in shards]))
+        tied = iter(tie(self.wiring.space, token, [t for shards in outputs.values() for t in shards],
+                        touched if self._some_empty else ()))
         return {name: [next(tied) for _ in shards] for name, shards in outputs.items()}
 
     def _segment(self, ranks: Sequence[Rank], start: int, stop: int, inputs: Mapping[str, Shards],

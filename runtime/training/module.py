@@ -277,6 +277,9 @@ class PartitionedModule(nn.Module):
         Raises:
             PartitionError: for a missing or unknown input or wrong extents.
         """
+        if not self._shards_parameters and hasattr(self, "set_gradient_divide_factor"):
+            raise PartitionError("parameters were cut by torch's fully_shard, which averages the gradients of shards that "
+                                 "must be summed; call module.fully_shard() instead")
         given = {**dict(zip(self.input_names, arrays, strict=False)), **named}
         wrong = [*(n for n in self.input_names if n not in given), *(n for n in given if n not in self.input_names)]
         if wrong or len(arrays) > len(self.input_names):
@@ -293,7 +296,8 @@ class PartitionedModule(nn.Module):
             given[dialect.SEED] = [torch.tensor(self.seed * self.replicas + self.replica) for _ in self._devices]
             self.seed += 1
         weights = {device: self._state.tensors(device) for device in set(self._devices)}
-        found = self._passes[self.training].run(given, [weights[device] for device in self._devices])
+        touched = tuple(p for p in self.parameters() if p.requires_grad) if self._shards_parameters else ()
+        found = self._passes[self.training].run(given, [weights[device] for device in self._devices], touched)
         if self.training:
             self._update_statistics(found)
         return {name: shards for name, shards in found.items() if name not in self._statistics}
@@ -330,7 +334,8 @@ class PartitionedModule(nn.Module):
         """The whole output from the shards of all ranks; in a process group this rank's own part."""
         if self.is_distributed:
             replicas = self._replicas[name]
-            return shards[0] if replicas == 1 else scale_gradient(shards[0], 1 / replicas)
+            found = shards[0].clone() if self._shards_parameters else shards[0]  # FSDP hooks on what is no view
+            return found if replicas == 1 else scale_gradient(found, 1 / replicas)
         if self.mesh.size == 1:
             return shards[0]
         whole = torch.zeros(self._extents[name], dtype=shards[0].dtype, device=self._devices[0])
