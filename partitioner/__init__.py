@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
     from partitioner.verify import Verification
-    from runtime.training import checkpoint, losses
+    from runtime.training import checkpoint, data, losses
 
 __version__ = "0.1.0"
 
@@ -33,10 +33,11 @@ _HOMES = {
     "ExecutionError": "partitioner.errors",
 }
 
-_MODULES = {"checkpoint": "runtime.training.checkpoint", "losses": "runtime.training.losses"}
+_MODULES = {"checkpoint": "runtime.training.checkpoint", "data": "runtime.training.data",
+            "losses": "runtime.training.losses"}
 
-__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "checkpoint", "load",
-           "load_operators", "losses", "partition"]
+__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "checkpoint", "data",
+           "load", "load_operators", "losses", "partition"]
 
 
 def __getattr__(name: str) -> Any:
