@@ -259,7 +259,8 @@ def _keep_used_constants(model: ir.Model) -> None:
         for value in node.outputs:
             if value.const_value is None or not value.uses():
                 continue
-            constant = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+            constant = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value,
+                                metadata_props=value.metadata_props)
             value.replace_all_uses_with(constant)
             value.name = f"{value.name}/folded"
             graph.register_initializer(constant)

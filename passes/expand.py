@@ -136,7 +136,9 @@ class _Expansion:
         sources = [Source(self.shards[str(value.name), rank], self._box(value, rank), self._box(value, rank))
                    for rank in self.mesh if (str(value.name), rank) in self.shards]
         emitter = Emitter(self.scope, f"{value.name}/")
-        result = assemble(emitter, Box.whole(dialect.shape_of(value)), sources)
+        whole = Box.whole(dialect.shape_of(value))
+        assert value.dtype is not None
+        result = assemble(emitter, whole, sources) if whole else emitter.zeros(whole.shape, value.dtype)
         if result in {source.name for source in sources}:
             result = emitter.op("Identity", [result])
         del self.scope.values[str(value.name)]

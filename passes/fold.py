@@ -19,6 +19,7 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.ops.base import Unsupported
 from partitioner.ops.opaque import RANDOM, captured, subgraph_nodes
+from partitioner.ops.weights import RESHAPING
 
 if TYPE_CHECKING:
     import onnx
@@ -90,7 +91,7 @@ class Folder:
         outputs = [o for n in nodes for o in n.outputs if o.name]
         for value, array in zip(outputs, _evaluate(self.model, nodes, outputs), strict=True):
             _become_constant(self.model.graph, value, array)
-            del self.pending[value]
+            _name_source(self.pending.pop(value), value)
 
     def _dependencies(self, values: Sequence[ir.Value]) -> list[ir.Node]:
         found: dict[ir.Node, None] = {}
@@ -127,6 +128,13 @@ def _become_constant(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> Non
     value.const_value = ir.tensor(array, name=value.name)
     value.shape = ir.Shape(array.shape)
     value.type = ir.TensorType(value.const_value.dtype)
+
+
+def _name_source(node: ir.Node, value: ir.Value) -> None:
+    """Note the weight that a constant is, in other extents."""
+    source = node.inputs[0] if node.op_type in RESHAPING else None
+    if source is not None and source.const_value is not None and source.dtype == value.dtype:
+        dialect.set_source(value, dialect.get_source(source))
 
 
 def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[np.ndarray]:

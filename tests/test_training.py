@@ -18,9 +18,9 @@ from partitioner.ops.own.training import uniform
 from runtime.training.parameters import place_for
 from tests.command import kernel, model, value
 from tests.models import NETWORKS
+from tests.training import as_exported, off
 
-LIMIT = 1e-8
-"""Exported epsilons and momenta are float32 numbers."""
+LIMIT = 1e-10
 
 
 def meshes(dims: int) -> list[tuple[str, Any]]:
@@ -33,16 +33,11 @@ def cuts_for(mesh: str, extent: int, kind: str | None) -> dict[str, tuple[int, .
     return {mesh.partition("=")[0]: (0, extent // 3, extent // 3, extent)} if kind else None
 
 
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest value; gradients that vanish are held against 1e-3."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
-
-
 @functools.cache
 def whole(name: str, training: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The torch module after one backward pass in float64, its input, its output and the cotangent."""
     network = NETWORKS[name]
-    module = network.build().double().train(training)
+    module = as_exported(network.build().double().train(training))
     x = torch.randn(network.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = module(x)
     cotangent = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -70,13 +65,16 @@ def test_gradients_equal_those_of_the_whole(name: str, training: bool, tmp_path:
         assert x.grad is not None and mine.grad is not None and off(mine.grad, x.grad) < LIMIT, mesh
         parameters = dict(module.named_parameters())
         assert set(parameters) == set(dict(reference.named_parameters()))
+        largest = max(float(p.grad.abs().max()) for p in reference.parameters() if p.grad is not None)
         for key, parameter in reference.named_parameters():
             grad = parameters[key].grad
-            assert grad is not None and parameter.grad is not None and off(grad, parameter.grad) < LIMIT, (mesh, key)
+            assert grad is not None and parameter.grad is not None
+            # before a norm, a bias has none: what is left of its terms is held against the network's gradients
+            assert off(grad, parameter.grad, largest / 100) < LIMIT, (mesh, key)
         buffers = dict(module.named_buffers())
         for key, buffer in reference.named_buffers():
             if buffer.is_floating_point():
-                assert off(buffers[key], buffer) < 1e-6, (mesh, key)
+                assert off(buffers[key], buffer) < LIMIT, (mesh, key)
 
 
 def test_state_goes_back_to_torch(tmp_path: Path) -> None:
@@ -96,16 +94,16 @@ def test_state_goes_back_to_torch(tmp_path: Path) -> None:
 
 
 def test_steps_follow_those_of_the_whole(tmp_path: Path) -> None:
-    """Some steps of Adam, gradients clipped by their norm."""
+    """Twenty steps, gradients clipped by their norm."""
     name = "unet3d-maxpool-batch-trilinear"
     network = NETWORKS[name]
-    modules = [network.build().double().train(), pt.partition(exported(name, tmp_path), mesh="depth=3").module()]
+    modules = [as_exported(network.build().double().train()), pt.partition(exported(name, tmp_path), mesh="depth=3").module()]
     losses: list[list[float]] = []
     for module in modules:
-        optimiser = torch.optim.Adam(module.parameters(), lr=1e-2)
+        optimiser = torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9)
         generator = torch.Generator().manual_seed(3)
         losses.append([])
-        for _ in range(3):
+        for _ in range(20):
             x = torch.randn(network.shape, dtype=torch.float64, generator=generator)
             optimiser.zero_grad()
             loss = (module(x) - 1).square().mean()
@@ -113,7 +111,9 @@ def test_steps_follow_those_of_the_whole(tmp_path: Path) -> None:
             nn.utils.clip_grad_norm_(module.parameters(), 0.5)
             optimiser.step()
             losses[-1].append(float(loss.detach()))
-    assert np.allclose(*losses, rtol=1e-5)
+    assert np.allclose(*losses, rtol=1e-8, atol=0)
+    trained, mine = (dict(module.named_parameters()) for module in modules)
+    assert all(off(mine[key].detach(), parameter.detach()) < 1e-8 for key, parameter in trained.items())
     assert losses[0][-1] < losses[0][0]
 
 

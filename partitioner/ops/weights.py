@@ -28,8 +28,11 @@ _SCALE_AND_BIAS: Mapping[str, tuple[int, ...]] = {"BatchNormalization": (1, 2), 
 
 _OPERANDS = frozenset({"Add", "Sub", "Mul", "Div"})
 
-_NO_GRADIENT = frozenset({"Shape", "Size", "Cast", "ConstantOfShape", "NonZero", "ArgMax", "ArgMin"})
+_NO_GRADIENT = frozenset({"Shape", "Size", "ConstantOfShape", "NonZero", "ArgMax", "ArgMin"})
 """Nodes through which no weight is followed."""
+
+RESHAPING = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Cast", "CastLike"})
+"""Nodes that keep the numbers of their first input in order: what they make of a weight is that weight."""
 
 
 def is_weight(value: ir.Value) -> bool:
@@ -47,15 +50,18 @@ def is_trainable(value: ir.Value) -> bool:
 def weight_nodes(graph: ir.Graph, names: frozenset[str]) -> frozenset[ir.Node]:
     """The nodes that compute weights of layers from weights alone; folded, these could not train.
 
+    Those that only reshape may be folded: the constant names the weight that it is.
+
     Args:
         names: initialisers that are weights of the file.
     """
-    known = {v for v in graph.initializers.values()}
+    known = {*graph.initializers.values(), *(v for n in graph if n.op_type in ("Shape", "Size") for v in n.outputs)}
     carried = {v for v in known if v.name in names and is_weight(v) and v.const_value is not None
                and v.const_value.size > 1}
     nodes: list[ir.Node] = []
     for node in graph:
-        if not all(v is None or v in known for v in node.inputs) or not node.inputs:
+        sources = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+        if not all(v is None or v in known for v in sources) or not node.inputs:
             continue
         known.update(node.outputs)
         if node.op_type not in _NO_GRADIENT and any(v in carried for v in node.inputs if v is not None):
@@ -66,7 +72,7 @@ def weight_nodes(graph: ir.Graph, names: frozenset[str]) -> frozenset[ir.Node]:
         if any(use.node in kept or (use.node not in nodes and trains(use.node.op_type, use.idx, 2))
                for v in node.outputs for use in v.uses()):
             kept.add(node)
-    return frozenset(kept)
+    return frozenset(node for node in kept if node.op_type not in RESHAPING)
 
 
 def without_gradient(model: ir.Model) -> list[str]:

@@ -39,9 +39,11 @@ def known_indices(view: NodeView, index: int, extent: int) -> Array | None:
         Unsupported: when one lies outside the axis.
     """
     constant = view.constants[index]
-    if constant is None:
-        return None
-    found = constant.numpy().astype(np.int64)
+    return None if constant is None else _counted(constant.numpy().astype(np.int64), extent)
+
+
+def _counted(found: Array, extent: int) -> Array:
+    """Indices counted from the front."""
     if found.size and not (-extent <= int(found.min()) and int(found.max()) < extent):
         raise Unsupported(f"an index lies outside an axis of {extent} cells; correct the file")
     return np.where(found < 0, found + extent, found)
@@ -186,11 +188,18 @@ def flat_index(index: torch.Tensor, extents: Sequence[int]) -> torch.Tensor:
     return flat
 
 
+def _breadth(need: Need) -> float:
+    """How many cells a row of taps names, on average."""
+    assert isinstance(need.map, Taps)
+    return sum(map(len, need.map.rows)) / len(need.map.rows)
+
+
 @register
 @dataclass(frozen=True)
 class GatherND(Operator):
-    """Slices of a tensor named by index vectors; the axes that they index are needed whole.
+    """Slices of a tensor named by index vectors.
 
+    Constant vectors need only the cells that they name; for others the axes that they index are needed whole.
     Source: ONNX GatherND (11, 12, 13).
     """
 
@@ -202,9 +211,13 @@ class GatherND(Operator):
         Example("GatherND", ((9, 2, 7), (3, 4, 1)), opset=11, dtype=ir.DataType.INT64),
         Example("GatherND", ((3, 4, 5), np.array([[[0, -1]], [[2, 1]]], np.int64))),
         Example("GatherND", ((3, 4, 5), np.array([0, -1, 2], np.int64))),
+        Example("GatherND", ((9, 2, 3), np.array([[0], [0], [2], [-2], [8]], np.int64)), opset=13),
+        Example("GatherND", ((2, 9, 4), np.array([[[8], [0], [3]], [[7], [0], [5]]], np.int64)), {"batch_dims": 1}),
+        Example("GatherND", ((7, 9, 2), np.array([[[6, 0], [6, 4]], [[1, 0], [1, 4]], [[-7, 0], [-7, 4]]], np.int64))),
     )
 
     batch: int
+    cells: tuple[tuple[int, ...], ...] | None
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -215,7 +228,18 @@ class GatherND(Operator):
                 data.shape[:batch]:
             raise Unsupported(f"indices of {list(index.shape)} on extents {list(data.shape)}; correct the file")
         shape = (*index.shape[:-1], *data.shape[batch + depth :])
-        return cls(view.inputs, (TensorType(shape, data.dtype),), batch)
+        return cls(view.inputs, (TensorType(shape, data.dtype),), batch, cls._known(view, batch, depth))
+
+    @staticmethod
+    def _known(view: NodeView, batch: int, depth: int) -> tuple[tuple[int, ...], ...] | None:
+        """Per indexed axis the constant indices, row by row; None when they are computed from the data."""
+        constant = view.constants[1]
+        if constant is None:
+            return None
+        vectors = constant.numpy().astype(np.int64)
+        extents = view.input(0).shape[batch : batch + depth]
+        columns = [_counted(vectors[..., j], n) for j, n in enumerate(extents)]
+        return tuple(tuple(int(i) for i in column.reshape(-1)) for column in columns)
 
     @property
     def _parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -227,19 +251,53 @@ class GatherND(Operator):
         shape, index = self._parts
         first = self.batch + index[-1]
         shift = len(index) - 1 - first
-        own = tuple(Need(a, identity(n)) if a < self.batch else Need(None, Whole(n, 1)) if a < first
+        own = tuple(Need(a, identity(n)) if a < self.batch else self._indexed(a) if a < first
                     else Need(a + shift, identity(n)) for a, n in enumerate(shape))
         vectors = tuple(Need(a, identity(n)) for a, n in enumerate(index[:-1]))
-        return (own, (*vectors, Need(None, Whole(index[-1], 1))))
+        return (own, None if self.cells is not None else (*vectors, Need(None, Whole(index[-1], 1))))
+
+    def _indexed(self, axis: int) -> Need:
+        """The cells of an indexed axis by that axis of the indices along which they vary most plainly."""
+        shape, index = self._parts
+        if self.cells is None or not all(index):
+            return Need(None, Whole(shape[axis], 1))
+        cells = np.asarray(self.cells[axis - self.batch], np.int64).reshape(index[:-1])
+        found: list[Need] = []
+        for along, count in enumerate(index[:-1]):
+            rows = tuple(tuple(int(i) for i in np.unique(row)) for row in np.moveaxis(cells, along, 0))
+            found.append(Need(along, Taps(shape[axis], count, rows)))
+        return min(found, key=_breadth, default=Need(None, Whole(shape[axis], 1)))
+
+    def _positions(self, box: Box, out: Box) -> Array:
+        """The known index vectors of the output's cells, by their places in the local tensor."""
+        index = self._parts[1]
+        part = tuple(slice(i.start, i.stop) for i in out.intervals()[: len(index) - 1])
+        columns: list[Array] = []
+        for cells, held in zip(self.cells or (), box.axes[self.batch :], strict=False):
+            position = local_positions(held)
+            wanted = np.asarray(cells, np.int64).reshape(index[:-1])[part]
+            columns.append(np.asarray([position[int(i)] for i in wanted.reshape(-1)], np.int64).reshape(wanted.shape))
+        return np.stack(columns, -1)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        x, index, depth = call.tensor(0), call.tensor(1), self._parts[1][-1]
+        x, depth = call.tensor(0), self._parts[1][-1]
+        if self.cells is None:
+            index = call.tensor(1)
+        else:
+            index = torch.from_numpy(self._positions(call.box(0), call.outs[0])).to(x.device)
         batch = math.prod(x.shape[: self.batch])
         extents = x.shape[self.batch : self.batch + depth]
         flat = flat_index(index, extents).reshape(batch, -1)
         cells = x.reshape(batch, math.prod(extents), -1)
         wanted = flat.unsqueeze(-1).expand(-1, -1, cells.shape[-1])
         return (moved(lambda found: found.gather(1, wanted), cells).reshape(call.outs[0].shape),)
+
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        if self.cells is None:
+            return emitter.same(names, 1)
+        assert boxes[0] is not None
+        return emitter.same([names[0], emitter.constant(self._positions(boxes[0], outs[0]))], 1)
 
     def flops(self, out: float) -> float:
         return 0.0

@@ -186,17 +186,20 @@ def _bounds(out: Interval) -> tuple[int, int]:
 def local_taps(resampling: Resampling, held: Pieces, out: Interval) -> tuple[Array, Array]:
     """Local positions and weights of every tap: two arrays of extents (taps, cells of `out`).
 
-    Missing taps point at the first cell with weight 0.
+    Rows of fewer taps name their own first cell again, with weight 0: no other cell, which may not be finite,
+    has a part in the result, and the rows are as long in every shard.
     """
     rows = resampling.map.rows[out.start : out.stop]
     weights = resampling.weights[out.start : out.stop]
-    count = max((len(row) for row in rows), default=1) or 1
+    count = max(map(len, resampling.map.rows), default=1) or 1
     position = local_positions(held)
     index = np.zeros((count, len(rows)), np.int64)
     weight = np.zeros((count, len(rows)), np.float64)
     for i, (row, factors) in enumerate(zip(rows, weights, strict=True)):
         for t, (cell, factor) in enumerate(zip(row, factors, strict=True)):
             index[t, i], weight[t, i] = position[cell], factor
+        if row:
+            index[len(row) :, i] = position[row[0]]
     return index, weight
 
 
