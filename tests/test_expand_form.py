@@ -164,6 +164,15 @@ def test_what_is_empty_is_not_there() -> None:
     assert close(run_ort(proto, inputs)["y"], run_ort(model, inputs)["y"], 1e-6)
 
 
+def test_an_output_without_cells() -> None:
+    x = random(1, 2, 5)
+    nodes = [helper.make_node("Split", ["x", "parts"], ["none", "y"], "split", axis=2)]
+    outputs = {"none": (TensorProto.FLOAT, (1, 2, 0)), "y": (TensorProto.FLOAT, (1, 2, 5))}
+    model = one_graph(nodes, {"x": x}, {"parts": np.array([0, 5])}, outputs, 18)
+    found = run_ort(expanded(compile_plan(model, "width=2")), {"x": x})
+    assert found["none"].shape == (1, 2, 0) and np.array_equal(found["y"], x)
+
+
 def test_a_replicated_output_comes_from_the_first_rank() -> None:
     node = helper.make_node("Flatten", ["x"], ["y"], "flatten")
     proto = expanded(compile_plan(one_node(node, random(1, 2, 5), {}, (1, 10)), "width=2"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from partitioner import dialect
 from partitioner.errors import PartitionError
 from tests.examples import one_graph
 from tests.oracle import compile_plan, run_lockstep, run_ort
@@ -55,8 +56,34 @@ def test_shards_equal_onnxruntime(case: tuple[str, list[Array], dict, tuple[int,
     assert np.array_equal(run_ort(expanded(compile_plan(model, mesh)), fed)["y"], expected)
 
 
+def test_constant_vectors_need_the_cells_that_they_name() -> None:
+    """Linear interpolation as torch's exporter writes it for sequences: rows of a grid, nothing is gathered."""
+    x, rows = data(2, 3, 7, 6), np.stack(np.meshgrid([0, 0, 1, 2, 3, 3, 4, 6, -1], [5, 3, 1], indexing="ij"), -1)
+    nodes = [helper.make_node("Transpose", ["x"], ["t"], "there", perm=[2, 3, 0, 1]),
+             helper.make_node("GatherND", ["t", "rows"], ["g"], "gather"),
+             helper.make_node("Transpose", ["g"], ["y"], "back", perm=[2, 3, 0, 1])]
+    model = one_graph(nodes, {"x": x}, {"rows": rows}, {"y": (TensorProto.FLOAT, (2, 3, 9, 3))}, 18)
+    for mesh in ("height=2", "height=3,width=2", "batch=2,width=2"):
+        plan = compile_plan(model, mesh)
+        assert not any(node.op_type == dialect.RESHARD for node in plan.graph), f"{mesh}: gathered"
+        assert np.array_equal(run_lockstep(plan, {"x": x}).outputs["y"], run_ort(model, {"x": x})["y"])
+        assert np.array_equal(run_ort(expanded(plan), {"x": x})["y"], run_ort(model, {"x": x})["y"])
+
+
+def test_vectors_that_share_an_axis_of_the_result() -> None:
+    """The places of single voxels: both indexed axes depend on the one axis of the list."""
+    x, places = data(2, 3, 7, 6), np.array([[0, 5], [6, 0], [3, 3], [3, -2], [-7, 1]])
+    nodes = [helper.make_node("Transpose", ["x"], ["t"], "there", perm=[2, 3, 0, 1]),
+             helper.make_node("GatherND", ["t", "places"], ["y"], "gather")]
+    model = one_graph(nodes, {"x": x}, {"places": places}, {"y": (TensorProto.FLOAT, (5, 2, 3))}, 18)
+    for mesh in ("height=2", "width=3", "height=2,width=2"):
+        found = run_lockstep(compile_plan(model, mesh), {"x": x}).outputs["y"]
+        assert np.array_equal(found, run_ort(model, {"x": x})["y"])
+
+
 REFUSED = [
     ("Gather", [(1, 2, 5)], [np.array([5])], {"axis": 2}, "outside an axis of 5"),
+    ("GatherND", [(1, 2, 5)], [np.array([[0, 2]])], {}, "outside an axis of 2"),
     ("Compress", [(1, 2, 5)], [np.zeros(5, bool)], {"axis": 2}, "leaves nothing"),
     ("DepthToSpace", [(1, 6, 5, 3)], [], {"blocksize": 2}, "no multiple of 4"),
     ("SpaceToDepth", [(1, 1, 5, 4)], [], {"blocksize": 2}, "use multiples of 2"),

@@ -110,3 +110,19 @@ def test_what_onnxruntime_lacks_is_refused(shape: tuple[int, ...], sizes: tuple[
     model, _ = one_node("Resize", [np.zeros(shape, FLOAT), None, None, np.array(sizes, np.int64)], opset=19, **told)
     with pytest.raises(PartitionError, match=reason):
         compile_plan(model, None)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_cells_that_are_no_numbers_stay_with_those_that_read_them(mode: str, bad: float) -> None:
+    """The first cell of a shard has no part in rows of fewer taps elsewhere."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 7, 6)).astype(FLOAT)
+    x[0, 0, 0, 0] = x[0, 1, 4, 3] = bad
+    told: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": "align_corners"}
+    model, fed = one_node("Resize", [x, None, None, np.array([1, 2, 13, 11], np.int64)], opset=19, **told)
+    expected = run_ort(model, fed)["y0"]
+    whole = run_lockstep(compile_plan(model, None), fed).outputs["y0"]
+    assert not (~np.isfinite(whole) & np.isfinite(expected)).any()
+    for mesh in MESHES[1:]:
+        found = run_lockstep(compile_plan(model, mesh), fed).outputs["y0"]
+        assert np.array_equal(found, whole, equal_nan=True)

@@ -188,12 +188,6 @@ def flat_index(index: torch.Tensor, extents: Sequence[int]) -> torch.Tensor:
     return flat
 
 
-def _breadth(need: Need) -> float:
-    """How many cells a row of taps names, on average."""
-    assert isinstance(need.map, Taps)
-    return sum(map(len, need.map.rows)) / len(need.map.rows)
-
-
 @register
 @dataclass(frozen=True)
 class GatherND(Operator):
@@ -251,22 +245,26 @@ class GatherND(Operator):
         shape, index = self._parts
         first = self.batch + index[-1]
         shift = len(index) - 1 - first
-        own = tuple(Need(a, identity(n)) if a < self.batch else self._indexed(a) if a < first
-                    else Need(a + shift, identity(n)) for a, n in enumerate(shape))
+        own = (*(Need(a, identity(n)) for a, n in enumerate(shape[: self.batch])), *self._indexed(),
+               *(Need(a + shift, identity(n)) for a, n in enumerate(shape[first:], first)))
         vectors = tuple(Need(a, identity(n)) for a, n in enumerate(index[:-1]))
         return (own, None if self.cells is not None else (*vectors, Need(None, Whole(index[-1], 1))))
 
-    def _indexed(self, axis: int) -> Need:
-        """The cells of an indexed axis by that axis of the indices along which they vary most plainly."""
+    def _indexed(self) -> list[Need]:
+        """Every indexed axis by that axis of the indices along which it names fewest cells; none serves twice."""
         shape, index = self._parts
+        found = [Need(None, Whole(n, 1)) for n in shape[self.batch : self.batch + index[-1]]]
         if self.cells is None or not all(index):
-            return Need(None, Whole(shape[axis], 1))
-        cells = np.asarray(self.cells[axis - self.batch], np.int64).reshape(index[:-1])
-        found: list[Need] = []
-        for along, count in enumerate(index[:-1]):
-            rows = tuple(tuple(int(i) for i in np.unique(row)) for row in np.moveaxis(cells, along, 0))
-            found.append(Need(along, Taps(shape[axis], count, rows)))
-        return min(found, key=_breadth, default=Need(None, Whole(shape[axis], 1)))
+            return found
+        free = list(range(self.batch, len(index) - 1))
+        for column, n in enumerate(need.map.n_in for need in found):
+            cells = np.asarray(self.cells[column], np.int64).reshape(index[:-1])
+            rows = {a: tuple(tuple(int(i) for i in np.unique(row)) for row in np.moveaxis(cells, a, 0)) for a in free}
+            if free:
+                along = min(free, key=lambda a: sum(map(len, rows[a])) / index[a])
+                found[column] = Need(along, Taps(n, index[along], rows[along]))
+                free.remove(along)
+        return found
 
     def _positions(self, box: Box, out: Box) -> Array:
         """The known index vectors of the output's cells, by their places in the local tensor."""
