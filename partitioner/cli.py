@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "run a model or plan on files")
     _model_options(run, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     run.add_argument("--input", metavar="[NAME=]FILE", action="append", required=True,
-                     help="volume to read: .npy, .npz, .nii, .nii.gz (repeat for several inputs)")
+                     help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr (repeat for several inputs)")
     run.add_argument("--output", metavar="[NAME=]FILE", action="append", required=True,
                      help="volume to write, in the same formats (repeat for several outputs)")
     _backend_options(run)

@@ -25,7 +25,7 @@ Assignments = Sequence[tuple[str | None, str]]
 
 
 def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str, str]:
-    """The file of every input or output; a lone file needs no name, and a .npz may hold all.
+    """The file of every input or output; a lone file needs no name, and a .npz or .h5 may hold all.
 
     Raises:
         PartitionError: for an unknown or missing name.
@@ -43,7 +43,7 @@ def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str,
             problems.append(f"{what} '{twice}' is given twice, as {found[twice]} and {path}; give one file")
         elif name is not None:
             found[name] = path
-        elif len(names) == 1 or path.lower().endswith(".npz"):
+        elif len(names) == 1 or path.lower().endswith((".npz", ".h5", ".hdf5")):
             found |= dict.fromkeys(free, path)
         else:
             problems.append(f"{what} file {path}: the model has {len(names)} {what}s ({', '.join(names)}); "

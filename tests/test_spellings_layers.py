@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.oracle import as_double, error, reference64, run_ort
+from partitioner import dialect
+from tests.oracle import as_double, compile_plan, error, reference64, run_ort
 from tests.spellings import (
     Spelling,
     canonical,
@@ -254,3 +255,62 @@ def test_pads_that_stay(spelling: Spelling) -> None:
     operator = [v for v in spelling.operators if v]
     assert "Pad" in operator
     check(spelling)
+
+
+# --- pools of whole axes ------------------------------------------------------------------------------
+
+WIDEST = Spelling(["y = MaxPool<kernel_shape=[9,7]>(x)"], {}, ["GlobalMaxPool"])
+WHOLE_MEAN = replace(WIDEST, lines=["y = AveragePool<kernel_shape=[9,7],strides=[9,7]>(x)"],
+                     becomes=["GlobalAveragePool"])
+POOLS = {
+    "maximum": WIDEST,
+    "mean": WHOLE_MEAN,
+    "opset 7": replace(WHOLE_MEAN, opset=7),
+    "opset 22": replace(WIDEST, opset=22),
+    "padding never wins": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[11,9],pads=[1,2,1,0]>(x)",
+                                  becomes=["GlobalMaxPool"]),
+    "padding that does not count": changed(WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[11,7],pads=[1,0,1,0]>(x)",
+                                           becomes=["GlobalAveragePool"]),
+    "surplus": changed(WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[12,7],strides=[5,1],pads=[0,0,1,0],ceil_mode=1>(x)",
+                       becomes=["GlobalAveragePool"]),
+    "rows": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[9,1]>(x)", becomes=["ReduceMax"]),
+    "rows, axes as input": replace(changed(WIDEST, 0, "y = MaxPool<kernel_shape=[9,1]>(x)", becomes=["ReduceMax"]),
+                                   opset=18),
+    "columns": changed(WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[1,7]>(x)", becomes=["ReduceMean"]),
+    "columns, axes as input": replace(
+        changed(WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[1,7]>(x)", becomes=["ReduceMean"]), opset=19),
+    "lines": replace(WIDEST, lines=["y = MaxPool<kernel_shape=[8]>(x)"], shape=(2, 6, 8)),
+    "volumes": replace(WHOLE_MEAN, lines=["y = AveragePool<kernel_shape=[3,9,4]>(x)"], shape=(2, 6, 3, 9, 4)),
+    "automatic": changed(WIDEST, 0, 'y = MaxPool<kernel_shape=[18,14],strides=[9,7],auto_pad="SAME_UPPER">(x)',
+                         becomes=["GlobalMaxPool"]),
+}
+NO_POOLS = {
+    "part of an axis": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[8,7],strides=[9,7]>(x)"),
+    "several windows": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[9,5]>(x)"),
+    "gaps": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[5,4],dilations=[2,2]>(x)"),
+    "padding that counts": changed(
+        WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[11,7],pads=[1,0,1,0],count_include_pad=1>(x)"),
+    "every other row": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[9,1],strides=[1,2]>(x)"),
+    "nothing": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[1,1]>(x)"),
+}
+
+
+@pytest.mark.parametrize("spelling", POOLS.values(), ids=POOLS.keys())
+def test_pools_of_whole_axes(spelling: Spelling) -> None:
+    check(spelling)
+    plan = compile_plan(spelling.model(), "width=2")
+    assert not any(node.op_type == dialect.HALO_EXCHANGE for node in plan.graph)
+
+
+@pytest.mark.parametrize("spelling", NO_POOLS.values(), ids=NO_POOLS.keys())
+def test_pools_of_parts(spelling: Spelling) -> None:
+    check(replace(spelling, local=False))
+
+
+def test_where_the_largest_cells_are_needs_the_pool() -> None:
+    places = Spelling(["y, z = MaxPool<kernel_shape=[9,7]>(x)"], {}, ["MaxPool"], outputs=["y", "z"])
+    assert operators(canonical(places.model())) == ["MaxPool"]
+
+
+def test_a_max_pool_that_trains_stays() -> None:
+    assert operators(canonical(WIDEST.model(), fold_norms=False)) == ["MaxPool"]

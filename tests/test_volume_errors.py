@@ -15,11 +15,10 @@ from partitioner.errors import ExecutionError, PartitionError
 from runtime.volumes import (
     ArraySpec,
     create_sink,
-    known_suffixes,
     open_part,
     open_source,
 )
-from tests.volumes import AFFINE, SHAPE, values, write_whole
+from tests.volumes import AFFINE, SHAPE, WRITTEN, values, write_whole
 
 
 def refused(pattern: str) -> Any:
@@ -40,18 +39,18 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
             open_source(tmp_path / name)
 
 
-@pytest.mark.parametrize("ending", known_suffixes())
+@pytest.mark.parametrize("ending", WRITTEN)
 @pytest.mark.parametrize(
     "content", [b"", b"no volume at all" * 50, b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x1f\x8b\x08"]
 )
 def test_files_of_another_kind(tmp_path: Path, ending: str, content: bytes) -> None:
     path = tmp_path / f"a{ending}"
     path.write_bytes(content)
-    with refused(r"a\.n(py|pz|ii|ii\.gz)\b.*: no "):
+    with refused(r"a\.(n(py|pz|ii|ii\.gz)|h5|hdf5)\b.*: no "):
         open_source(path)
 
 
-@pytest.mark.parametrize("ending", [*known_suffixes(), "deflated.npz"])
+@pytest.mark.parametrize("ending", [*WRITTEN, "deflated.npz"])
 @pytest.mark.parametrize("missing", [1, 200, 0.5])
 def test_truncated_files(tmp_path: Path, ending: str, missing: float) -> None:
     path, array = tmp_path / f"a{ending}", np.random.default_rng(0).random(SHAPE)

@@ -20,11 +20,10 @@ from runtime.volumes import (
     PartFile,
     array_names,
     create_sink,
-    known_suffixes,
     open_part,
     open_source,
 )
-from tests.volumes import AFFINE, SHAPE, Array, check_parts, load, values, write_whole
+from tests.volumes import AFFINE, SHAPE, WRITTEN, Array, check_parts, load, values, write_whole
 
 
 def write_slab(description: str, start: int, stop: int) -> None:
@@ -36,7 +35,7 @@ def write_slab(description: str, start: int, stop: int) -> None:
             writer.write(box, values(SHAPE)[tuple(box)])
 
 
-@pytest.mark.parametrize("ending", known_suffixes())
+@pytest.mark.parametrize("ending", WRITTEN)
 def test_processes_write_their_parts(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"out{ending}"
     path.write_bytes(b"old")
@@ -61,7 +60,7 @@ def test_processes_write_their_parts(tmp_path: Path, ending: str) -> None:
     check_parts(open_source(path), values(SHAPE))
 
 
-@pytest.mark.parametrize("ending", known_suffixes())
+@pytest.mark.parametrize("ending", WRITTEN)
 @pytest.mark.parametrize(
     ("dtype", "plain", "nifti"),
     [("bool", "bool", "uint8"), ("float16", "float16", "float32"), ("bfloat16", "float32", "float32")]
@@ -150,7 +149,7 @@ def test_the_same_volume_gives_the_same_file(tmp_path: Path, ending: str) -> Non
     assert ending == ".npz" or content[4:8] == bytes(4), "gzip's time stamp"
 
 
-@pytest.mark.parametrize("ending", known_suffixes())
+@pytest.mark.parametrize("ending", WRITTEN)
 def test_abort_leaves_the_old_file_and_nothing_else(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"out{ending}"
     path.write_bytes(b"old")

@@ -8,14 +8,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
 from partitioner.geometry import Box
-from runtime.volumes import ArraySpec, Source, create_sink
+from runtime.volumes import ArraySpec, Source, create_sink, known_suffixes
 
 Array = NDArray[Any]
+WRITTEN = tuple(suffix for suffix in known_suffixes() if suffix != ".zarr")
 SHAPE = (1, 2, 7, 11, 5)
 AFFINE = np.array([[-0.7, 0.1, 0, 90], [0, 0.8, 0.2, -126], [0.3, 0, 2.5, -72], [0, 0, 0, 1]])
 
@@ -74,6 +76,9 @@ def load(path: Path, name: str = "out") -> Array:
     """The whole file by its own library, as a model sees it."""
     if path.suffix == ".npy":
         return np.load(path)
+    if path.suffix in (".h5", ".hdf5"):
+        with h5py.File(path) as file:
+            return file[name][()]
     return np.load(path)[name] if path.suffix == ".npz" else presented(np.asarray(nibabel.load(path).dataobj))
 
 

@@ -7,6 +7,7 @@
     Conv(x, w), BatchNormalization                          y = Conv(x, w', b')        unless fold_norms is off
     Pad(x), Conv                                            y = Conv(x)  pads
     Mul(Mul(x, 0.5), Add(Erf(Div(x, 1.4142135)), 1))        y = Gelu(x)
+    MaxPool(x), its window all of x                         y = GlobalMaxPool(x)       unless fold_norms is off
 
 What is matched is gone afterwards, so nothing is that has another reader or leaves the graph.  Matching is
 onnxscript's; its ready rules for batch norms and pads are not used, because they compute in float32, write over
@@ -28,6 +29,7 @@ from passes.rewrite import Namer
 from passes.spellings.affine import affine_rules, folding_rules
 from passes.spellings.norms import grouped_rules, read_group_norm, variance_rules
 from passes.spellings.pads import pad_rules
+from passes.spellings.pools import read_pool
 from passes.spellings.products import read_product
 
 
@@ -89,7 +91,10 @@ def _free_name(graph: ir.Graph, wish: str, namer: Namer) -> str:
 @cache
 def _rules(fold_norms: bool) -> Mapping[str, Sequence[Rule]]:
     """The rules by the operator of the last node that they match."""
-    found: dict[str, list[Rule]] = {"Mul": [_product], "Div": [_product], "GroupNormalization": [_numbers_per_channel]}
+    found: dict[str, list[Rule]] = {"Mul": [_product], "Div": [_product], "GroupNormalization": [_numbers_per_channel],
+                                    "AveragePool": [_pool]}
+    if fold_norms:  # of equal cells a max pool trains the first, a reduction all
+        found["MaxPool"] = [_pool]
     for root, rule in _patterns(fold_norms):
         for variant in rule.commute():
             found.setdefault(root, []).append(_matching(variant))
@@ -124,6 +129,15 @@ def _numbers_per_channel(model: ir.Model, node: ir.Node) -> Change | None:
     attributes, constants = found
     made = dialect.new_node(dialect.DOMAIN, dialect.GROUP_NORMALIZATION, [node.inputs[0], *constants], attributes, 1,
                             str(node.name))
+    return Change([node], made, constants)
+
+
+def _pool(model: ir.Model, node: ir.Node) -> Change | None:
+    found = read_pool(node, model.graph.opset_imports[""])
+    if found is None:
+        return None
+    op_type, attributes, constants = found
+    made = ir.Node("", op_type, [node.inputs[0], *constants], ir.convenience.convert_attributes(attributes))
     return Change([node], made, constants)
 
 

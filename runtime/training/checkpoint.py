@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from partitioner.errors import AgreedError, ExecutionError, PartitionError
@@ -49,7 +50,7 @@ def save(folder: str | Path, module: PartitionedModule, optimiser: torch.optim.O
     problem: str | None = None
     try:
         _write(beside, module, optimiser)
-    except Exception as error:  # whatever the libraries raise for a full disk
+    except (Exception, CheckpointException) as error:  # whatever the libraries raise for a full disk
         problem = _line(error)
     try:
         _agree(module, problem, f"{target}: the checkpoint cannot be written")
@@ -81,7 +82,7 @@ def load(folder: str | Path, module: PartitionedModule,
     _refuse(module, problem)
     try:
         _read(source, module, optimiser)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         problem = f"{source}: the checkpoint is damaged ({_line(error)}); use another one"
     _refuse(module, problem)
     module.seed = int(about["seed"])
@@ -176,5 +177,7 @@ def _try(action: Any) -> str | None:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        (error, *_), *_ = error.failures.values()
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return text[:200]

@@ -1,4 +1,4 @@
-"""Volume files, read and written part by part: .npy, .npz, .nii, .nii.gz.
+"""Volume files, read and written part by part: .npy, .npz, .nii, .nii.gz, .h5; .zarr is read.
 
     with open_source("ct.nii") as source:                       # (1, 1, x, y, z), float32
         part = source.read(box)                                 # only these cells leave the disk

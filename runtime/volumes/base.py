@@ -94,7 +94,7 @@ class ArraySpec:
     """An array that is to be written.
 
     Args:
-        name: its name in a file that holds several (.npz); elsewhere only for messages.
+        name: its name in a file that holds several (.npz, .h5); elsewhere only for messages.
         shape: extents as the model gives them.
         dtype: anything that numpy takes for a type, or "bfloat16".
     """
@@ -137,6 +137,16 @@ class VolumeFormat(Protocol):
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Ends of file names, in lower case, with the dot."""
+        ...
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a volume is a folder, which `open_source` and `names` then look at themselves."""
+        ...
+
+    @property
+    def has_names(self) -> bool:
+        """Whether `file:/name` means an array in a file."""
         ...
 
     def names(self, path: Path) -> tuple[str, ...]:

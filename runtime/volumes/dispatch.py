@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from partitioner.errors import PartitionError
-from runtime.volumes.base import ArraySpec, Source, VolumeFormat
+from runtime.volumes.base import ArraySpec, Source, VolumeFormat, only_array
 from runtime.volumes.formats import all_formats
 from runtime.volumes.sinks import Sink
 from runtime.volumes.sources import open_binary
 
 
 def known_suffixes() -> tuple[str, ...]:
-    """Ends of the file names that can be read and written."""
+    """Ends of the file names that can be read, and, but for .zarr, written."""
     return tuple(suffix for known in all_formats() for suffix in known.suffixes)
 
 
@@ -25,19 +26,19 @@ def open_source(
     """Open a volume file for reading part by part.
 
     Args:
-        path: .npy, .npz, .nii or .nii.gz.
+        path: .npy, .npz, .nii, .nii.gz, .h5, .hdf5 or .zarr; `scan.h5:/ct` names an array in the file.
         name: which array of a file that holds several; may be left out where there is one.
-        dtype: type of the values delivered; without it a .npy or .npz comes in its own type, and a
-            NIfTI volume in float32 (its slope and intercept applied in float64, then rounded).
+        dtype: type of the values delivered; without it a NIfTI volume comes in float32 (its slope and intercept
+            applied in float64, then rounded), others in their own type.
 
     Raises:
         PartitionError: not there, not readable, not this format, cut short, no such array, no numbers,
             values that the wanted type cannot hold, or a format whose library is not installed.
     """
-    file = Path(path)
-    found = _format_of(file)
-    open_binary(file).close()
-    return found.open_source(file, name, None if dtype is None else np.dtype(dtype))
+    place = _locate(path)
+    place.check()
+    wanted = None if dtype is None else np.dtype(dtype)
+    return place.kind.open_source(place.file, place.inside or name, wanted)
 
 
 def array_names(path: str | Path) -> tuple[str, ...]:
@@ -46,10 +47,9 @@ def array_names(path: str | Path) -> tuple[str, ...]:
     Raises:
         PartitionError: as `open_source`.
     """
-    file = Path(path)
-    found = _format_of(file)
-    open_binary(file).close()
-    return found.names(file)
+    place = _locate(path)
+    place.check()
+    return place.kind.names(place.file) if place.inside is None else (place.inside,)
 
 
 def create_sink(path: str | Path, arrays: Sequence[ArraySpec], like: Source | None = None) -> Sink:
@@ -61,16 +61,47 @@ def create_sink(path: str | Path, arrays: Sequence[ArraySpec], like: Source | No
     that they can be mapped again.
 
     Args:
-        path: .npy, .npz, .nii or .nii.gz; an existing file is replaced when the sink is committed.
-        arrays: one, or several with distinct names for .npz.
+        path: .npy, .npz, .nii, .nii.gz, .h5 or .hdf5 (`scan.h5:/labels` names the one array); an existing file is
+            replaced, with all that it holds, when the sink is committed.
+        arrays: one, or several with distinct names for .npz and .h5.
         like: a source whose affine and header go over, where both are NIfTI.
 
     Raises:
         PartitionError: unknown format, a folder that is missing or not writable, or arrays that the
             format cannot hold.
     """
-    target = Path(path)
-    return Sink(target, _format_of(target).lay_out(target, arrays, like))
+    place = _locate(path)
+    wanted = list(arrays)
+    if place.inside is not None:
+        wanted = [replace(only_array(Path(path), arrays), name=place.inside)]
+    return Sink(place.file, place.kind.lay_out(place.file, wanted, like))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A path as `file` or `file:/inside`."""
+
+    file: Path
+    inside: str | None
+    kind: VolumeFormat
+
+    def check(self) -> None:
+        """Make sure that there is a file that can be read; folders are looked at by their format."""
+        if not self.kind.is_folder:
+            open_binary(self.file).close()
+
+
+def _locate(path: str | Path) -> _Place:
+    """The file, and the array in it, that a path means."""
+    file = Path(path)
+    text = str(file)
+    for known in (k for k in all_formats() if k.has_names):
+        for suffix in known.suffixes:
+            at = text.lower().find(f"{suffix}:/")
+            if at >= 0 and not file.exists():
+                end = at + len(suffix)
+                return _Place(Path(text[:end]), text[end + 2 :] or None, known)
+    return _Place(file, None, _format_of(file))
 
 
 def _format_of(path: Path) -> VolumeFormat:

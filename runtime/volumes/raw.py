@@ -115,6 +115,30 @@ def tiles(box: Intervals, strides: tuple[int, ...], max_bytes: int) -> Iterator[
             yield (*(Interval(i, i + 1) for i in fixed), rows, *box[cut + 1 :])
 
 
+def chunk_tiles(box: Intervals, chunks: tuple[int, ...], max_cells: int) -> Iterator[Intervals]:
+    """Cut a box into boxes of about `max_cells` between whose parts no chunk is divided, so that none is read twice."""
+    if not all(box):
+        return
+    if not box:
+        yield ()
+        return
+    before, cut, rest = 1, 0, math.prod(len(i) for i in box[1:])
+    while cut < len(box) - 1 and before * chunks[cut] * rest > max_cells:
+        before *= min(chunks[cut], len(box[cut]))
+        cut += 1
+        rest //= len(box[cut])
+    step = max(1, max_cells // (before * chunks[cut] * rest)) * chunks[cut]
+    steps = (*chunks[:cut], step)
+    for fixed in itertools.product(*(_aligned(i, s) for i, s in zip(box, steps, strict=False))):
+        yield (*fixed, *box[cut + 1 :])
+
+
+def _aligned(cells: Interval, step: int) -> list[Interval]:
+    """An interval, cut at the multiples of `step`."""
+    begins = range(cells.start // step * step, cells.stop, step)
+    return [Interval(begin, begin + step) & cells for begin in begins]
+
+
 def read_box(file: int, raw: RawArray, box: Intervals, delivery: Delivery) -> Array:
     """The values in a box, as a new array in C order.
 

@@ -1,4 +1,4 @@
-"""The two ways in which files are read: boxes of a mapped file, and one pass over a compressed stream."""
+"""How files are read: boxes of a mapped file, boxes of a file in chunks, or one pass over a compressed stream."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ import numpy as np
 from partitioner.errors import PartitionError
 from partitioner.geometry import Interval
 from runtime.volumes.base import DEFAULT_SLAB_BYTES, Array, DType, Meta, Span, resolve
-from runtime.volumes.raw import Delivery, Intervals, RawArray, read_box, relative, tiles
+from runtime.volumes.raw import TILE_BYTES, Delivery, Intervals, RawArray, chunk_tiles, read_box, relative, tiles
 
 OpenStream = Callable[[], contextlib.AbstractContextManager[io.BufferedIOBase]]
 """Opens a stream of decompressed bytes that stands at the first value."""
+
+Fetch = Callable[[tuple[slice, ...]], Array]
+"""Reads the stored values of a box through a library."""
 
 STREAM_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
 """What the libraries raise for a damaged, cut or encrypted stream."""
@@ -113,6 +116,44 @@ class MappedSource(_Opened):
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+
+class ChunkedSource(_Opened):
+    """A volume of which a library reads boxes, chunk by chunk.
+
+    Args:
+        contents: `raw` tells extents and type; its offset means nothing.
+        chunks: extents of the pieces that the library reads whole.
+        fetch: raises `PartitionError` for damaged files.
+        close: lets go of the file.
+    """
+
+    random_access = True
+
+    def __init__(self, contents: Contents, chunks: tuple[int, ...], fetch: Fetch,
+                 close: Callable[[], None] = lambda: None) -> None:
+        super().__init__(contents)
+        self._chunks = tuple(max(1, extent) for extent in chunks)
+        self._fetch = fetch
+        self._close = close
+
+    def read(self, box: Sequence[Span] | None = None) -> Array:
+        """See `Source.read`."""
+        contents, wanted = self.contents, resolve(box, self.shape)
+        out = np.empty([len(i) for i in wanted], self.dtype)
+        for tile in chunk_tiles(wanted, self._chunks, TILE_BYTES // contents.raw.dtype.itemsize):
+            stored = self._fetch(tuple(slice(i.start, i.stop) for i in tile))
+            contents.delivery.convert(stored, out[..., *relative(tile, wanted)])
+        return out
+
+    def slabs(self, max_bytes: int = DEFAULT_SLAB_BYTES) -> Iterator[tuple[tuple[int, ...], Array]]:
+        """See `Source.slabs`."""
+        for tile in self.contents.slab_tiles(max_bytes):
+            yield tuple(i.start for i in tile), self.read(tile)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._close()
 
 
 class StreamedSource(_Opened):

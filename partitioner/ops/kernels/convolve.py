@@ -68,7 +68,7 @@ def _is_misread(data: torch.Tensor, weight: torch.Tensor, geometry: Geometry) ->
 
 def _suits_onednn(data: torch.Tensor) -> bool:
     return (data.device.type == "cpu" and data.dtype == torch.float32 and not torch.is_grad_enabled()
-            and torch.backends.mkldnn.is_available())
+            and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available())
 
 
 def _onednn(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry,

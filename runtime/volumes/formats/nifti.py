@@ -51,6 +51,7 @@ class NiftiFormat:
     """See `VolumeFormat`."""
 
     suffixes = (_PACKED, ".nii")
+    is_folder, has_names = False, False
 
     def names(self, path: Path) -> tuple[str, ...]:
         """The volume has no name."""

@@ -28,6 +28,7 @@ class NpyFormat:
     """See `VolumeFormat`."""
 
     suffixes = (".npy",)
+    is_folder, has_names = False, False
 
     def names(self, path: Path) -> tuple[str, ...]:
         """The array has no name."""
