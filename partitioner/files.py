@@ -104,9 +104,17 @@ def make_sinks(plan: Plan, files: Mapping[str, str], like: Source | None) -> tup
         names = [n for n, p in files.items() if p == path]
         sinks[path] = create_sink(path, [ArraySpec(n, dialect.shape_of(values[n]), _numpy_type(values[n]))
                                          for n in names], like)
+        twice = next((p for p, s in sinks.items() if p != path and _same_file(s, sinks[path])), None)
+        if twice is not None:  # arrays of one HDF5 file
+            raise PartitionError(f"{path}: is in the same file as {twice}, and each would replace the other; give all "
+                                 f"outputs the one file {sinks[path].part.target}, or each a file of its own")
         several = len(names) > 1
         places |= {n: (sinks[path].part.to_json(), n if several else None) for n in names}
     return sinks, places
+
+
+def _same_file(one: Sink, other: Sink) -> bool:
+    return os.path.realpath(one.part.target) == os.path.realpath(other.part.target)
 
 
 def _numpy_type(value: ir.Value) -> Any:
