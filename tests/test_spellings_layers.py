@@ -271,8 +271,9 @@ POOLS = {
                                   becomes=["GlobalMaxPool"]),
     "padding that does not count": changed(WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[11,7],pads=[1,0,1,0]>(x)",
                                            becomes=["GlobalAveragePool"]),
-    "surplus": changed(WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[12,7],strides=[5,1],pads=[0,0,1,0],ceil_mode=1>(x)",
-                       becomes=["GlobalAveragePool"]),
+    "surplus": changed(
+        WHOLE_MEAN, 0, "y = AveragePool<kernel_shape=[12,7],strides=[5,1],pads=[0,0,1,0],ceil_mode=1>(x)",
+        becomes=["GlobalAveragePool"]),
     "rows": changed(WIDEST, 0, "y = MaxPool<kernel_shape=[9,1]>(x)", becomes=["ReduceMax"]),
     "rows, axes as input": replace(changed(WIDEST, 0, "y = MaxPool<kernel_shape=[9,1]>(x)", becomes=["ReduceMax"]),
                                    opset=18),
