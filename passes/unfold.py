@@ -93,9 +93,7 @@ def _unfold_subgraphs(model: ir.Model, node: ir.Node, folder: Folder) -> list[ir
     if condition is not None and condition.const_value is not None:
         name = "then_branch" if bool(condition.const_value.numpy().all()) else "else_branch"
         made = splice(model.graph, node, node.attributes[name].as_graph())
-        for inner in subgraph_nodes(node):  # the branch not taken reads nothing any more
-            for index in range(len(inner.inputs)):
-                inner.replace_input_with(index, None)
+        _let_go(node)
         return made
     outside = captured(node)
     folder.settle(outside)
@@ -104,7 +102,15 @@ def _unfold_subgraphs(model: ir.Model, node: ir.Node, folder: Folder) -> list[ir
     region = dialect.new_region(node, outside, number, model.graph.opset_imports, extents)
     model.graph.insert_before(node, region)
     _take_over(model.graph, node, region.outputs)
+    _let_go(node)
     return [region]
+
+
+def _let_go(node: ir.Node) -> None:
+    """The subgraphs of a node that has gone read nothing any more."""
+    for inner in subgraph_nodes(node):
+        for index in range(len(inner.inputs)):
+            inner.replace_input_with(index, None)
 
 
 def _loop_extents(node: ir.Node, outside: Sequence[ir.Value],

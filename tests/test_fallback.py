@@ -152,6 +152,16 @@ def test_an_if_that_depends_on_the_data(mesh: str, sign: int, tmp_path: Path) ->
     assert [n.name for n in plan.model.graph if dialect.is_region(n)] == ["if"]
 
 
+def test_branches_that_read_the_input_of_the_network(tmp_path: Path) -> None:
+    then = helper.make_graph([helper.make_node("Relu", ["x"], ["t"])], "t", [], [value("t", None)])
+    other = helper.make_graph([helper.make_node("Neg", ["x"], ["e"])], "e", [], [value("e", None)])
+    source = conv_around([
+        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0), helper.make_node("Greater", ["m", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["b"], "if", then_branch=then, else_branch=other)], zero=np.float32(0))
+    plan = check(source, {"x": volume(SHAPE)}, "depth=2,height=2", tmp_path)
+    assert plan.cost.steps
+
+
 @pytest.mark.parametrize("depth", [7, 8])
 def test_an_if_that_the_extents_decide_is_gone(depth: int) -> None:
     then, other = branches()
