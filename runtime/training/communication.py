@@ -125,11 +125,26 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         grad_token, *grads = grad_outputs
-        found = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-        sides = [ExchangeSide(rank, leg.action, grad.to(source.dtype), source)
+        grads = [grad.to(dtype) for grad, (_, dtype, _) in zip(grads, ctx.like, strict=True)]
+        found = [_kept(leg, grad, like, ctx.link.storage)
+                 for leg, grad, like in zip(ctx.legs, grads, ctx.like, strict=True)]
+        sides = [ExchangeSide(rank, replace(leg.action, keep=None), grad, source)
                  for rank, leg, grad, source in zip(ctx.link.ranks, ctx.legs, grads, found, strict=True)]
         exchange_adjoint(ctx.link.transport, sides, ctx.link.storage)
         return (None, None, grad_token, *found)
+
+
+def _kept(leg: Leg, grad: torch.Tensor, like: tuple[Any, ...], storage: str) -> torch.Tensor:
+    """The cotangents of what a rank has from itself, to which those of others are added."""
+    shape, dtype, device = like
+    found = allocate(shape, dtype, device, storage)
+    keep = leg.action.keep
+    if keep is None or keep[0].box != leg.action.source.box:
+        found.zero_()
+    if keep is not None:
+        for place, cells in zip(views(found, keep[0]), views(grad, keep[1]), strict=True):
+            place.copy_(cells)
+    return found
 
 
 def _forward(link: Link, legs: Sequence[Leg], owned: Sequence[torch.Tensor]) -> list[torch.Tensor]:

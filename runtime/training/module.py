@@ -278,8 +278,8 @@ class PartitionedModule(nn.Module):
             PartitionError: for a missing or unknown input or wrong extents.
         """
         if not self._shards_parameters and hasattr(self, "set_gradient_divide_factor"):
-            raise PartitionError("parameters were cut by torch's fully_shard, which averages the gradients of shards that "
-                                 "must be summed; call module.fully_shard() instead")
+            raise PartitionError("parameters were cut by torch's fully_shard, which averages the gradients of shards "
+                                 "that must be summed; call module.fully_shard() instead")
         given = {**dict(zip(self.input_names, arrays, strict=False)), **named}
         wrong = [*(n for n in self.input_names if n not in given), *(n for n in given if n not in self.input_names)]
         if wrong or len(arrays) > len(self.input_names):

@@ -2,7 +2,7 @@
 
 On the CPU torch leaves oneDNN for small slabs (N*C*D*H up to about 20480) and becomes up to 20 times
 slower, with bits that depend on the number of threads; the direct operator does neither.  It has no
-gradient, so that training takes torch's own.
+gradient; for training, `gradients` has one for small slabs, and others take torch's own.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         data, weight = (t.clone(memory_format=torch.contiguous_format) for t in (data, weight))
     if _suits_onednn(data):
         return _onednn(data, weight, bias, geometry, transposed)
+    if not transposed and _suits_onednn(data, training=True):
+        from partitioner.ops.kernels import gradients
+
+        if gradients.leaves_onednn(data, weight, geometry.groups):
+            return gradients.convolution(data, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
     if transposed:
         kernel = functional.conv_transpose2d if data.dim() == 4 else functional.conv_transpose3d
     else:
@@ -66,8 +71,8 @@ def _is_misread(data: torch.Tensor, weight: torch.Tensor, geometry: Geometry) ->
     return stride > 1 and (n == 1 or (outputs == 1 and weight.shape[1] == 1))
 
 
-def _suits_onednn(data: torch.Tensor) -> bool:
-    return (data.device.type == "cpu" and data.dtype == torch.float32 and not torch.is_grad_enabled()
+def _suits_onednn(data: torch.Tensor, training: bool = False) -> bool:
+    return (data.device.type == "cpu" and data.dtype == torch.float32 and torch.is_grad_enabled() == training
             and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available())
 
 

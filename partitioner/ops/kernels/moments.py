@@ -27,8 +27,19 @@ def moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
     Slices along the first axis are reduced first and merged in order, so that the bits do not depend on
     the number of threads.
     """
+    if torch.is_grad_enabled() and x.requires_grad and _is_per_channel(x, axes):
+        from partitioner.ops.kernels.gradients import channel_moments
+
+        count = torch.tensor(_cells(x, axes), dtype=torch.int64, device=x.device)
+        return (count, *channel_moments(x))
     with one_thread(x, needed=x.numel() == _cells(x, axes)):
         return _moments(x, axes)
+
+
+def _is_per_channel(x: torch.Tensor, axes: Sequence[int]) -> bool:
+    """Whether there is one result per channel."""
+    kept = [n for a, n in enumerate(x.shape) if a not in axes and a != 1]
+    return x.dim() > 2 and 1 not in axes and all(n == 1 for n in kept) and x.numel() > 0
 
 
 def _moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
@@ -88,6 +99,11 @@ def scale_and_shift(scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
 def affine(x: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor,
            into: torch.Tensor | None = None) -> torch.Tensor:
     """x * factor + offset in one pass, into given memory if there is some; in the factor's type if it is wider."""
+    if torch.is_grad_enabled() and into is None and x.device.type == "cpu" and x.dtype == factor.dtype and x.numel() \
+            and factor.shape == offset.shape == tuple(n if a == 1 else 1 for a, n in enumerate(x.shape)):
+        from partitioner.ops.kernels.gradients import channel_affine
+
+        return channel_affine(x, factor, offset)
     if x.dtype != factor.dtype:
         result = torch.addcmul(offset, x.to(factor.dtype), factor).to(x.dtype)
         return result if into is None else into.copy_(result)

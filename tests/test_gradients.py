@@ -1,0 +1,97 @@
+"""The kernels that we differentiate ourselves, against torch's in float64 and at awkward geometries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partitioner.ops.kernels import gradients
+from partitioner.ops.kernels.convolve import Geometry, convolve
+from partitioner.ops.kernels.moments import affine, moments
+
+Tensors = list[torch.Tensor]
+
+
+def compare(mine: Callable[..., torch.Tensor], theirs: Callable[..., torch.Tensor], inputs: Tensors,
+            limit: float) -> None:
+    """Values and gradients of a weighted sum; `theirs` in float64."""
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    twins = [t.double().requires_grad_() for t in inputs]
+    found, expected = mine(*leaves), theirs(*twins)
+    cotangent = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (found * cotangent.to(found.dtype)).sum().backward()
+    (expected * cotangent).sum().backward()
+    pairs = [(found.detach(), expected.detach()), *((a.grad, b.grad) for a, b in zip(leaves, twins, strict=True))]
+    for a, b in pairs:
+        assert a is not None and b is not None and a.shape == b.shape
+        assert float((a.double() - b).abs().max()) <= limit * max(float(b.abs().max()), 1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dims=st.sampled_from((2, 3)), last=st.booleans(), bias=st.booleans())
+def test_small_convolutions(data: st.DataObject, dims: int, last: bool, bias: bool) -> None:
+    draw = data.draw
+    channels, out = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    kernel, stride, dilation = ([draw(st.integers(1, 3)) for _ in range(dims)] for _ in range(3))
+    padding = [draw(st.integers(0, 2)) for _ in range(dims)]
+    extents = [draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 9))
+               for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    form = (torch.channels_last if dims == 2 else torch.channels_last_3d) if last else torch.contiguous_format
+    x = torch.randn(1, channels, *extents).contiguous(memory_format=form)
+    w = torch.randn(out, channels, *kernel)
+    geometry = Geometry(stride, padding, dilation, 1)
+    function = torch.nn.functional.conv2d if dims == 2 else torch.nn.functional.conv3d
+
+    def theirs(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return function(x, w, b, stride, padding, dilation)
+
+    def mine(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return convolve(x, w, b, geometry)
+
+    compare(mine, theirs, [x, w, *([torch.randn(out)] if bias else [])], 2e-5)
+
+
+def test_which_convolutions_torch_would_leave_onednn_for() -> None:
+    """Twins on both sides of the threshold, and those that it never leaves."""
+    weight = torch.empty(4, 8, 3, 3, 3)
+    assert gradients.leaves_onednn(torch.empty(1, 8, 40, 64, 2), weight, 1)
+    assert not gradients.leaves_onednn(torch.empty(1, 8, 41, 64, 2), weight, 1)
+    assert not gradients.leaves_onednn(torch.empty(2, 8, 4, 4, 4), weight, 1)
+    assert not gradients.leaves_onednn(torch.empty(1, 8, 4, 4, 4), torch.empty(4, 4, 3, 3, 3), 2)
+    assert not gradients.leaves_onednn(torch.empty(1, 8, 9, 9, 9), torch.empty(4, 8, 5, 5, 5), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 3, 7, 5, 9), (2, 3, 7, 5), (2, 4, 11), (2, 3, 1, 1, 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_moments_and_affine(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    torch.manual_seed(0)
+    forms = {4: torch.channels_last, 5: torch.channels_last_3d}
+    x = torch.randn(shape, dtype=dtype) + 3
+    x = x.contiguous(memory_format=forms[x.dim()]) if last and x.dim() in forms else x
+    axes = [0, *range(2, len(shape))]
+    column = [1, shape[1], *[1] * (len(shape) - 2)]
+
+    def theirs(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        mean = x.mean(axes, keepdim=True)
+        m2 = (x - mean).square().sum(axes, keepdim=True)
+        return (x * a + b) * mean + m2 * x
+
+    def mine(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        count, mean, m2 = moments(x, axes)
+        assert int(count) == x.numel() // x.shape[1]
+        return affine(x, a, b) * mean + m2 * x
+
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    compare(mine, theirs, [x, torch.randn(column, dtype=dtype), torch.randn(column, dtype=dtype)], limit)
+
+
+def test_a_large_mean_does_not_drown_the_variance() -> None:
+    x = (torch.randn(1, 4, 16, 16, 16) + 1000).contiguous(memory_format=torch.channels_last_3d)
+    exact = torch.var_mean(x.double(), (0, 2, 3, 4), correction=0)[0]
+    _, _, m2 = moments(x.requires_grad_(), (0, 2, 3, 4))
+    assert float((m2.detach().flatten() / 4096 - exact).abs().max()) < 1e-3
