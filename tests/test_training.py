@@ -97,7 +97,8 @@ def test_steps_follow_those_of_the_whole(tmp_path: Path) -> None:
     """Twenty steps, gradients clipped by their norm."""
     name = "unet3d-maxpool-batch-trilinear"
     network = NETWORKS[name]
-    modules = [as_exported(network.build().double().train()), pt.partition(exported(name, tmp_path), mesh="depth=3").module()]
+    modules = [as_exported(network.build().double().train()),
+               pt.partition(exported(name, tmp_path), mesh="depth=3").module()]
     losses: list[list[float]] = []
     for module in modules:
         optimiser = torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def test_segments_are_cut_where_little_crosses() -> None:
     segments = choose_segments(values, 9)
     assert (0, 5) in segments or any(start == 5 for start, _ in segments)
     assert segments[0][0] == 0 and segments[-1][1] == 9
-    assert all(a[1] == b[0] for a, b in zip(segments, segments[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(segments))
     assert choose_segments([StepBytes(1, 0, 0)], 1) == ((0, 1),)
 
 

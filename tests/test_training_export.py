@@ -115,7 +115,8 @@ def grouped(opset: int) -> onnx.ModelProto:
              helper.make_node("Conv", ["c", "vt"], ["y"], "conv2", pads=[1] * 4)]
     vectors = {name: np.arange(1, 3, dtype=np.float64) + i for i, name in enumerate(("scale", "shift", "other"))}
     weights = {"w": kernel(4, 1, axes=2).astype(np.float64), "v": kernel(4, 3, axes=2).astype(np.float64)}
-    return model(nodes, [value("x", (1, 1, 9, 8), onnx.TensorProto.DOUBLE)], [value("y", (1, 3, 9, 8), onnx.TensorProto.DOUBLE)],
+    double = onnx.TensorProto.DOUBLE
+    return model(nodes, [value("x", (1, 1, 9, 8), double)], [value("y", (1, 3, 9, 8), double)],
                  {**vectors, **weights}, opset=opset)
 
 
