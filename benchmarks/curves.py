@@ -96,10 +96,10 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of each value and up to 19 before it."""
+    """The mean of each value and up to ten on either side."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - _WINDOW, 0)
+    places = np.arange(len(values))
+    starts, ends = np.maximum(places - _WINDOW // 2, 0), np.minimum(places + _WINDOW // 2 + 1, len(values))
     return list((sums[ends] - sums[starts]) / (ends - starts))
 
 

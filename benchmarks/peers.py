@@ -46,7 +46,12 @@ class Runner(Protocol):
 @contextmanager
 def opened(side: Side, case: Case, model: Path, threads: int) -> Generator[Runner]:
     """The side's runner, using `threads` threads in all (each process its share)."""
-    if side.kind == "torch eager":
+    if case.task == "training":
+        from benchmarks.peers_training import opened_training
+
+        with opened_training(side, case, threads) as runner:
+            yield runner
+    elif side.kind == "torch eager":
         yield _Eager(case, threads)
     elif side.kind == "onnxruntime":
         yield _OnnxRuntime(model, threads)

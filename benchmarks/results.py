@@ -148,6 +148,7 @@ def _case_dict(result: CaseResult) -> dict[str, Any]:
     return {
         "name": case.name,
         "what": case.what,
+        "task": case.task,
         "network": {"kind": type(case.network).__name__, **asdict(case.network)},
         "shape": case.shape,
         "sides": [_side_dict(side) for side in result.sides],

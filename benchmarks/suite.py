@@ -17,6 +17,7 @@ from benchmarks.phantom import CLASS_NAMES, DEFAULT_SHAPE, phantom
 
 Kind: TypeAlias = Literal["torch eager", "onnxruntime", "partitioned"]
 Backend: TypeAlias = Literal["lockstep", "gloo"]
+Task: TypeAlias = Literal["inference", "training"]
 
 # The network of the demo: Hounsfield units go in, so its first step is a soft-tissue window.
 DEMO_NETWORK = UNetConfig(classes=len(CLASS_NAMES), levels=4, base=16, window=(40.0, 200.0))
@@ -35,13 +36,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """A network on an input of shape (batch, channels, *spatial), computed by every side."""
+    """A network on an input of shape (batch, channels, *spatial), computed by every side.
+
+    Args:
+        task: a forward pass, or a whole step of training.
+    """
 
     name: str
     what: str
     network: UNetConfig | ResNetConfig
     shape: tuple[int, ...]
     sides: tuple[Side, ...]
+    task: Task = "inference"
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,19 @@ SHARDS = (
     Side("4 shards", "partitioned", "depth=2,height=2", "gloo", 4),
 )
 
+TRAINED_NETWORK = replace(DEMO_NETWORK, norm="batch", down="maxpool")
+TRAINERS = (
+    Side("torch eager", "torch eager"),
+    Side("1 shard", "partitioned"),
+    Side("2 shards", "partitioned", "depth=2", "gloo", 2),
+)
+TRAINING_RANKS = (
+    Side("1 rank", "partitioned", "single", "gloo", 1),
+    Side("2 ranks", "partitioned", "depth=2", "gloo", 2),
+    Side("4 ranks", "partitioned", "depth=2,height=2", "gloo", 4),
+    Side("8 ranks", "partitioned", "depth=2,height=2,width=2", "gloo", 8),
+)
+
 SUITES = (
     Suite(
         "quick",
@@ -106,6 +125,42 @@ SUITES = (
             ),
         ),
     ),
+    Suite(
+        "training",
+        "a step of training (forward, loss, backward, optimiser) beside torch eager, and its memory on 1 to 8 ranks",
+        (
+            Case(
+                "step",
+                "3D U-Net, 4 levels, base 16, batch norm; 96 x 96 x 96 voxels",
+                TRAINED_NETWORK,
+                (1, 1, 96, 96, 96),
+                TRAINERS,
+                "training",
+            ),
+            Case(
+                "memory",
+                "the same network; how the memory of a process (and of all) goes with the number of ranks",
+                TRAINED_NETWORK,
+                (1, 1, 96, 96, 96),
+                TRAINING_RANKS,
+                "training",
+            ),
+        ),
+    ),
+    Suite(
+        "training-smoke",
+        "seconds long: whether every side of training runs and agrees, no figure to quote",
+        (
+            Case(
+                "tiny",
+                "3D U-Net, 3 levels, base 4, batch norm; 29 x 37 x 31 voxels",
+                replace(TRAINED_NETWORK, levels=3, base=4),
+                (1, 1, 29, 37, 31),
+                TRAINERS + TRAINING_RANKS,
+                "training",
+            ),
+        ),
+    ),
 )
 
 
@@ -130,11 +185,19 @@ def example_input(case: Case) -> NDArray[np.float32]:
     return np.stack(scans).astype(np.float32)
 
 
+def example_classes(case: Case) -> NDArray[np.uint8]:
+    """A class for every voxel, to train on: the phantom's, otherwise by the sign of the input; (batch, *spatial)."""
+    batch, channels, *spatial = case.shape
+    if channels != 1 or len(spatial) != 3:
+        return (example_input(case)[:, 0] > 0).astype(np.uint8)
+    return np.stack([phantom(spatial, seed).classes for seed in range(batch)])
+
+
 def exported(case: Case, folder: Path) -> Path:
-    """The case's ONNX file in the folder, exported unless an equal one is there."""
+    """The case's ONNX file in the folder, exported unless an equal one is there; training begins with the module."""
     key = hashlib.sha256(repr((case.network, case.shape)).encode()).hexdigest()[:12]
     path = folder / f"{case.name}-{key}.onnx"
-    return path if path.exists() else export(case.network.build(), case.shape, path)
+    return path if path.exists() or case.task == "training" else export(case.network.build(), case.shape, path)
 
 
 def _names(items: Sequence[Suite] | Sequence[Case]) -> str:

@@ -20,7 +20,9 @@ from benchmarks import liver
 from benchmarks.__main__ import main
 from benchmarks.curves import Row, draw, read_table, running_mean, write_table
 from benchmarks.liver_network import LiverConfig
+from benchmarks.peers_training import opened_training
 from benchmarks.phantom import phantom
+from benchmarks.suite import example_input, find_suite
 from benchmarks.train import Reporter, schedule
 from tests.command import all_gone, environment, family, finish, wait_for
 
@@ -192,6 +194,28 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     assert len(processes) >= 3 and all_gone(processes)
 
 
+# --- the measured step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["1 shard", pytest.param("2 shards", marks=pytest.mark.slow)])
+def test_measured_sides_have_the_gradients_of_torch(side: str) -> None:
+    """Over two steps, so that statistics and optimiser are part of it."""
+    case = find_suite("training-smoke").cases[0]
+    volume = example_input(case)
+    found: list[list[np.ndarray]] = []
+    for chosen in (s for s in case.sides if s.name in ("torch eager", side)):
+        with opened_training(chosen, case, 1) as runner:
+            found.append([runner.run(volume) for _ in range(2)])
+    for expected, own in zip(*found, strict=True):
+        assert expected.shape == own.shape and np.abs(own - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_training_suites_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    found = capsys.readouterr().out
+    assert "training:" in found and "1 rank, 2 ranks, 4 ranks, 8 ranks" in found
+
+
 # --- mistakes -----------------------------------------------------------------------------------------
 
 
@@ -296,7 +320,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     draw(rows, "a title", tmp_path / "p.png")
     draw(rows[:1], "no Dice yet", tmp_path / "q.png")
     assert sorted(os.listdir(tmp_path)) == ["p.png", "q.png", "t.csv"]
-    assert running_mean([4.0]) == [4.0] and running_mean([0.0] * 20 + [20.0])[-1] == 1.0
+    assert running_mean([4.0]) == [4.0] and running_mean([0.0] * 20 + [22.0])[-1] == 2.0
 
 
 def test_help_states_the_paper_s_options() -> None:
