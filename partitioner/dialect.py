@@ -74,7 +74,7 @@ _PASSES = "partitioner.passes"
 _DIGEST = "partitioner.digest"
 _STATISTIC = "partitioner.statistic"
 _SOURCE = "partitioner.source"
-_WHOLE_CHANNELS = "partitioner.dropout.channels"
+_WHOLE_CHANNELS = "partitioner.dropout"
 
 
 def is_exchange(node: ir.Node) -> bool:

@@ -2,79 +2,80 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 import partitioner as pt
 from tests.models import NETWORKS
+from tests.training import as_exported, gradients, in_processes, off
 
 NAME = "unet3d-maxpool-batch-trilinear"
 SIZE = 3
 
 
-def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
-
-
-def passes(module: nn.Module, count: int, seed: int = 0) -> list[torch.Tensor]:
-    """Several backward passes into the same gradients, each with data of its own; the losses' cotangents."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = NETWORKS[NAME].shape
-    return [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(count)]
+def passes(count: int) -> list[torch.Tensor]:
+    """Inputs of several backward passes into the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(NETWORKS[NAME].shape, dtype=torch.float64, generator=generator) for _ in range(count)]
 
 
 def reference(count: int, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
-    module = NETWORKS[NAME].build().double().train()
-    for x in passes(module, count):
+    module = as_exported(NETWORKS[NAME].build().double().train())
+    for x in passes(count):
         (module(x) * cotangent).sum().backward()
     return gradients(module)
 
 
-def work(rank: int, port: int, path: str, cuts: tuple[int, ...] | None) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(SIZE),
-                      LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        plan = pt.partition(path, mesh=f"depth={SIZE}", cuts=None if cuts is None else {"depth": cuts})
-        module = plan.module()
-        name = str(plan.model.graph.outputs[0].name)
-        cotangent = torch.randn(module._extents[name], dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-        (mine,) = module.cut(name, cotangent)
-        inputs = passes(module, 3)
-        with module.no_sync():
-            (module(inputs[0]) * mine).sum().backward()
-        for x in inputs[1:]:  # the first of these sums the paused pass too, the second only its own
-            part = module.cut("volume", x)[0]
-            (module(part) * mine).sum().backward()
-        found = gradients(module)
-        everywhere: list[dict[str, torch.Tensor] | None] = [None] * SIZE
-        dist.all_gather_object(everywhere, found)
-        statistics: list[dict[str, torch.Tensor] | None] = [None] * SIZE
-        dist.all_gather_object(statistics, dict(module.named_buffers()))
-        if rank == 0:
-            expected = reference(3, cotangent)
-            for other, buffers in zip(everywhere, statistics, strict=True):
-                assert other is not None and buffers is not None
-                for key, grad in expected.items():
-                    off = float((other[key] - grad).abs().max() / grad.abs().max().clamp_min(1e-3))
-                    assert off < 1e-8, (key, off)
-                    assert torch.equal(other[key], found[key]), key
-                assert all(torch.equal(buffers[k], b) for k, b in statistics[0].items())  # type: ignore[union-attr]
-    finally:
-        dist.destroy_process_group()
+def work(rank: int, path: str, cuts: tuple[int, ...] | None) -> None:
+    module = pt.partition(path, mesh=f"depth={SIZE}", cuts=None if cuts is None else {"depth": cuts}).module()
+    (name,) = module.output_names
+    cotangent = torch.randn(module.extents(name), dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    (mine,) = module.cut(name, cotangent)
+    inputs = passes(3)
+    with module.no_sync():
+        (module(inputs[0]) * mine).sum().backward()
+    for x in inputs[1:]:  # the first of these sums the paused pass too, the second only its own
+        part = module.cut("volume", x)[0]
+        (module(part) * mine).sum().backward()
+    everywhere = module.gather((gradients(module), dict(module.named_buffers())))
+    if rank:
+        return
+    expected = reference(3, cotangent)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for found, buffers in everywhere:
+        for key, grad in expected.items():
+            assert off(found[key], grad, largest / 100) < 1e-10, key
+            assert torch.equal(found[key], everywhere[0][0][key]), key
+        assert all(torch.equal(buffers[k], b) for k, b in everywhere[0][1].items())
 
 
 @pytest.mark.parametrize("cuts", [None, (0, 5, 5, 13)], ids=["even", "a rank without cells"])
 def test_gradients_are_summed_over_ranks(cuts: tuple[int, ...] | None, tmp_path: Path) -> None:
     path = NETWORKS[NAME].export(tmp_path / "m.onnx", dtype="float64", keep_batch_norm=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(path), cuts), nprocs=SIZE)
+    in_processes(SIZE, work, str(path), cuts)
+
+
+# --- a rank that dies ------------------------------------------------------------------------------------
+
+
+def dying(rank: int, path: str) -> None:
+    import os
+    import time
+
+    module = pt.partition(path, mesh=f"depth={SIZE}").module()
+    x = passes(1)[0]
+    loss = module(x).square().sum()
+    if rank == 1:
+        os._exit(9)
+    began = time.monotonic()
+    with pytest.raises((pt.ExecutionError, RuntimeError)):
+        loss.backward()
+    assert time.monotonic() - began < 30
+
+
+def test_the_others_end_when_a_rank_dies(tmp_path: Path) -> None:
+    path = NETWORKS[NAME].export(tmp_path / "m.onnx", dtype="float64", keep_batch_norm=True)
+    with pytest.raises(Exception, match="terminated with exit code 9"):
+        in_processes(SIZE, dying, str(path))

@@ -9,10 +9,12 @@ leaves the one before.  The dropouts' seed and the random state that you put int
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +94,26 @@ def load(folder: str | Path, module: PartitionedModule,
 def _write(folder: Path, module: PartitionedModule, optimiser: torch.optim.Optimizer) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights, state = get_state_dict(module, optimiser)
-    state_dict_saver.save({"weights": weights, "optimiser": state}, checkpoint_id=folder,
-                          no_dist=not module.is_distributed)
+    with _quiet():
+        state_dict_saver.save({"weights": weights, "optimiser": state}, checkpoint_id=folder,
+                              no_dist=not module.is_distributed)
 
 
 def _read(folder: Path, module: PartitionedModule, optimiser: torch.optim.Optimizer | None) -> None:
     weights, state = get_state_dict(module, () if optimiser is None else optimiser)
     found: dict[str, Any] = {"weights": weights} if optimiser is None else {"weights": weights, "optimiser": state}
-    state_dict_loader.load(found, checkpoint_id=folder, no_dist=not module.is_distributed)
+    with _quiet():
+        state_dict_loader.load(found, checkpoint_id=folder, no_dist=not module.is_distributed)
     set_state_dict(module, () if optimiser is None else optimiser, model_state_dict=found["weights"],
                    optim_state_dict=found.get("optimiser", {}))
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Without the remark that there is one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _replace(beside: Path, target: Path, about: str) -> None:
