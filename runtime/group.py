@@ -155,6 +155,27 @@ def broadcast(value: Any) -> Any:
     return found[0]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Some of the processes, by name.
+
+    Whoever holds on to torch's own object keeps its threads alive beyond `destroy_process_group`; at the end of the
+    program these may still let go of a tensor, which then aborts the process.
+    """
+
+    name: str
+
+    @classmethod
+    def of(cls, ranks: Sequence[int] | None = None) -> Group:
+        """A new group of processes (None: of all); all processes must ask."""
+        found = dist.new_group(None if ranks is None else list(ranks))
+        return cls("" if not isinstance(found, dist.ProcessGroup) else found.group_name)
+
+    def resolve(self) -> dist.ProcessGroup:
+        """The group itself."""
+        return dist.distributed_c10d._resolve_process_group(self.name)  # pyright: ignore
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order.
 

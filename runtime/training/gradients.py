@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.group import peers
+from runtime.group import Group, peers
 
 BUCKET_BYTES = 8 << 20
 """A bucket is full when it holds this much."""
@@ -50,7 +50,7 @@ class GradientSum:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], copies: int = 1) -> None:
-        self._group = dist.new_group()
+        self._group = Group.of()
         self._copies = copies
         self._buckets = _make_buckets(list(parameters)[::-1])
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
@@ -119,7 +119,7 @@ class GradientSum:
             grads.append(torch.zeros_like(parameter) if grad is None else grad)
         bucket.flat = torch.cat([g.reshape(-1) for g in grads])
         with peers():
-            bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+            bucket.work = dist.all_reduce(bucket.flat, group=self._group.resolve(), async_op=True)
 
     def _finish(self) -> None:
         """Send what has not been sent, wait for everything, and put the sums in their places."""
@@ -135,6 +135,7 @@ class GradientSum:
             for parameter, part in zip(bucket.parameters, _parts(bucket.flat, bucket.parameters), strict=True):
                 earlier = bucket.earlier.get(parameter)
                 parameter.grad = part if earlier is None else earlier + part
+            bucket.reset()
         self._unsummed.clear()
         self._fresh.clear()
 

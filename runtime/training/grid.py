@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from partitioner.errors import PartitionError
 from partitioner.mesh import Mesh
-from runtime.group import gather, peers
+from runtime.group import Group, gather, peers
 
 SPACE = "space"
 """The dimension of `ProcessGrid.hybrid` along which ranks hold shards of one replica."""
@@ -39,7 +39,7 @@ class ProcessGrid:
     replica: int
     rank: int
     devices: DeviceMesh
-    space: dist.ProcessGroup
+    space: Group
 
     @property
     def space_processes(self) -> Sequence[int]:
@@ -86,7 +86,7 @@ class ProcessGrid:
         """
         found: list[Any] = [None] * self.mesh.size
         with peers():
-            dist.all_gather_object(found, value, group=self.space)
+            dist.all_gather_object(found, value, group=self.space.resolve())
         return found
 
 
@@ -108,10 +108,8 @@ def make_grid(mesh: Mesh, device_type: str) -> ProcessGrid:
     replicas = size // mesh.size
     devices = init_device_mesh(device_type, (replicas, *mesh.shape), mesh_dim_names=(replica_axis(mesh), *mesh.names))
     replica, rank = divmod(dist.get_rank(), mesh.size)
-    groups = [dist.new_group(list(range(r * mesh.size, (r + 1) * mesh.size))) for r in range(replicas)]
-    space = groups[replica]
-    assert isinstance(space, dist.ProcessGroup)
-    return ProcessGrid(mesh, replicas, replica, rank, devices, space)
+    groups = [Group.of(range(r * mesh.size, (r + 1) * mesh.size)) for r in range(replicas)]
+    return ProcessGrid(mesh, replicas, replica, rank, devices, groups[replica])
 
 
 def agree_on(value: Any, what: str, remedy: str) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from partitioner.errors import PartitionError
-from runtime.group import gather, peers
+from runtime.group import Group, gather, peers
 from runtime.training.module import PartitionedModule
 
 
@@ -29,10 +29,10 @@ class _Sum(torch.autograd.Function):
     """Sum over ranks; backward the local cotangent as it is."""
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, share: float, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor, share: float, group: Group) -> torch.Tensor:
         total = local * share
         with peers():
-            dist.all_reduce(total, group=group)
+            dist.all_reduce(total, group=group.resolve())
         return total
 
     @staticmethod
