@@ -70,6 +70,37 @@ def test_constant_vectors_need_the_cells_that_they_name() -> None:
         assert np.array_equal(run_ort(expanded(plan), {"x": x})["y"], run_ort(model, {"x": x})["y"])
 
 
+def test_patches_by_tables_of_rows_and_columns() -> None:
+    """Unfolding as torch's exporters write it: tables of (tap, place) for each axis; the places stay in shards."""
+    x, rows = data(1, 2, 9, 8), np.arange(7) + np.arange(3)[:, None]
+    columns = np.arange(4) * 2 + np.arange(2)[:, None]
+    nodes = [helper.make_node("Gather", ["x", "rows"], ["r"], "rows", axis=2),
+             helper.make_node("Gather", ["r", "columns"], ["c"], "columns", axis=4),
+             helper.make_node("Transpose", ["c"], ["t"], "turn", perm=[0, 1, 2, 4, 3, 5]),
+             helper.make_node("Reshape", ["t", "shape"], ["y"], "flat")]
+    constants = {"rows": rows, "columns": columns, "shape": np.array([1, 12, -1])}
+    model = one_graph(nodes, {"x": x}, constants, {"y": (TensorProto.FLOAT, (1, 12, 28))}, 18)
+    for mesh in ("height=2", "height=3"):
+        plan = compile_plan(model, mesh)
+        assert not any(node.op_type == dialect.RESHARD for node in plan.graph), f"{mesh}: gathered"
+        assert np.array_equal(run_lockstep(plan, {"x": x}).outputs["y"], run_ort(model, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+@pytest.mark.parametrize("cell", [0, 4, -1])
+def test_one_slice_of_a_volume_is_sent_alone(cell: int, opset: int) -> None:
+    x = data(1, 2, 9, 4, 5)
+    nodes = [helper.make_node("Gather", ["x", "cell"], ["s"], "slice", axis=2),
+             helper.make_node("MaxPool", ["s"], ["y"], "pool", kernel_shape=[2, 2])]
+    model = one_graph(nodes, {"x": x}, {"cell": np.array(cell)}, {"y": (TensorProto.FLOAT, (1, 2, 3, 4))}, opset)
+    for mesh in ("depth=3", "depth=2,width=2", "depth=2,height=2"):
+        plan, found = compile_plan(model, mesh), run_lockstep(compile_plan(model, mesh), {"x": x})
+        assert np.array_equal(found.outputs["y"], run_ort(model, {"x": x})["y"])
+        assert np.array_equal(run_ort(expanded(plan), {"x": x})["y"], found.outputs["y"])
+        ranks = dialect.get_mesh(plan).count("depth")
+        assert sum(found.sent) < ranks * x[:, :, 0].nbytes, f"{mesh}: more than a slice for each"
+
+
 def test_vectors_that_share_an_axis_of_the_result() -> None:
     """The places of single voxels: both indexed axes depend on the one axis of the list."""
     x, places = data(2, 3, 7, 6), np.array([[0, 5], [6, 0], [3, 3], [3, -2], [-7, 1]])

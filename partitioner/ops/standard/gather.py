@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -49,6 +49,18 @@ def _counted(found: Array, extent: int) -> Array:
     return np.where(found < 0, found + extent, found)
 
 
+def narrowest(cells: Array, extent: int, axes: Sequence[int]) -> Need | None:
+    """How an axis of `extent` cells is needed along that axis of constant indices along which fewest are named."""
+    found: Need | None = None
+    least = math.inf
+    for axis in axes:
+        rows = tuple(tuple(int(i) for i in np.unique(row)) for row in np.moveaxis(cells, axis, 0))
+        breadth = sum(map(len, rows)) / len(rows)
+        if breadth < least:
+            found, least = Need(axis, Taps(extent, len(rows), rows)), breadth
+    return found
+
+
 @register
 @dataclass(frozen=True)
 class Gather(Operator):
@@ -69,6 +81,7 @@ class Gather(Operator):
         Example("Gather", ((2, 4, 7), np.array(1, np.int64)), {"axis": 0}),
         Example("Gather", ((1, 2, 4, 3, 9), np.array([[8, 0]], np.int64)), {"axis": 4}),
         Example("Gather", ((2, 9, 3), (2, 3, 5)), {"axis": 1}, dtype=ir.DataType.INT64),
+        Example("Gather", ((1, 2, 9, 3), np.arange(8) + np.arange(2)[:, None]), {"axis": 2}),
         Example("Gather", ((9, 4), (2, 1, 7)), dtype=ir.DataType.INT32),
         Example("Gather", ((1, 3, 9), (4,)), {"axis": -1}, opset=11, dtype=ir.DataType.INT64),
     )
@@ -102,11 +115,11 @@ class Gather(Operator):
         return (tuple(own), index if self.cells is None else None)
 
     def _axis_need(self, extent: int) -> Need:
-        if self.cells is None or not self.index_shape:
+        if self.cells is None or not all(self.index_shape):
             return Need(None, Whole(extent, 1))
-        count, inner = self.index_shape[0], math.prod(self.index_shape[1:])
-        rows = tuple(self.cells[i * inner : (i + 1) * inner] for i in range(count))
-        return Need(self.axis, Taps(extent, count, rows))
+        cells = np.asarray(self.cells, np.int64).reshape(self.index_shape)
+        found = narrowest(cells, extent, range(cells.ndim))
+        return Need(None, Whole(extent, 1)) if found is None else replace(found, axis=self.axis + (found.axis or 0))
 
     def _positions(self, box: Box, out: Box) -> Array:
         """The known indices of the output's cells, by their places in the local tensor."""
@@ -258,12 +271,10 @@ class GatherND(Operator):
             return found
         free = list(range(self.batch, len(index) - 1))
         for column, n in enumerate(need.map.n_in for need in found):
-            cells = np.asarray(self.cells[column], np.int64).reshape(index[:-1])
-            rows = {a: tuple(tuple(int(i) for i in np.unique(row)) for row in np.moveaxis(cells, a, 0)) for a in free}
-            if free:
-                along = min(free, key=lambda a: sum(map(len, rows[a])) / index[a])
-                found[column] = Need(along, Taps(n, index[along], rows[along]))
-                free.remove(along)
+            need = narrowest(np.asarray(self.cells[column], np.int64).reshape(index[:-1]), n, free)
+            if need is not None and need.axis is not None:
+                found[column] = need
+                free.remove(need.axis)
         return found
 
     def _positions(self, box: Box, out: Box) -> Array:
