@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from partitioner.geometry import Box
+from partitioner.geometry import Box, Pieces
 from partitioner.maps import Shift, Taps, Whole, identity
 from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
 from partitioner.ops.kernels.unsigned import moved
@@ -47,6 +47,14 @@ def _counted(found: Array, extent: int) -> Array:
     if found.size and not (-extent <= int(found.min()) and int(found.max()) < extent):
         raise Unsupported(f"an index lies outside an axis of {extent} cells; correct the file")
     return np.where(found < 0, found + extent, found)
+
+
+def _places(held: Pieces) -> Array:
+    """By cell, where it lies in the local tensor; 0 for cells that are not held."""
+    found = np.zeros(held[-1].stop if held else 0, np.int64)
+    for cell, position in local_positions(held).items():
+        found[cell] = position
+    return found
 
 
 def narrowest(cells: Array, extent: int, axes: Sequence[int]) -> Need | None:
@@ -123,11 +131,9 @@ class Gather(Operator):
 
     def _positions(self, box: Box, out: Box) -> Array:
         """The known indices of the output's cells, by their places in the local tensor."""
-        position = local_positions(box.axes[self.axis])
         wanted = out.intervals()[self.axis : self.axis + len(self.index_shape)]
         cells = np.asarray(self.cells, np.int64).reshape(self.index_shape)
-        part = cells[tuple(slice(i.start, i.stop) for i in wanted)]
-        return np.asarray([position[int(i)] for i in part.reshape(-1)], np.int64).reshape(part.shape)
+        return _places(box.axes[self.axis])[cells[tuple(slice(i.start, i.stop) for i in wanted)]]
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, out = call.tensor(0), call.outs[0]
@@ -283,9 +289,7 @@ class GatherND(Operator):
         part = tuple(slice(i.start, i.stop) for i in out.intervals()[: len(index) - 1])
         columns: list[Array] = []
         for cells, held in zip(self.cells or (), box.axes[self.batch :], strict=False):
-            position = local_positions(held)
-            wanted = np.asarray(cells, np.int64).reshape(index[:-1])[part]
-            columns.append(np.asarray([position[int(i)] for i in wanted.reshape(-1)], np.int64).reshape(wanted.shape))
+            columns.append(_places(held)[np.asarray(cells, np.int64).reshape(index[:-1])[part]])
         return np.stack(columns, -1)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
