@@ -140,6 +140,14 @@ def test_same_padding_of_windows_shorter_than_their_stride_is_refused() -> None:
         pt.partition(source, mesh="width=2")
 
 
+def test_the_sign_of_what_is_no_number() -> None:
+    node = helper.make_node("Sign", ["x"], ["y"], "sign")
+    x = np.array([[[np.nan, np.inf, -np.inf, -0.0, 3.0]]], np.float32)
+    source = model([node], [value("x", x.shape)], [value("y", x.shape)])
+    found = pt.partition(source, mesh="width=2").run({"x": x})["y"]
+    assert np.array_equal(found, np.sign(x), equal_nan=True)
+
+
 # --- the API -------------------------------------------------------------------------------------------
 
 

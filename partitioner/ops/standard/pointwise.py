@@ -130,7 +130,7 @@ UNARY: dict[str, Kernel] = {
     "Reciprocal": lambda a, xs: torch.reciprocal(xs[0]),
     "Abs": lambda a, xs: torch.abs(xs[0]),
     "Neg": lambda a, xs: torch.neg(xs[0]),
-    "Sign": lambda a, xs: torch.sign(xs[0]),
+    "Sign": lambda a, xs: torch.where(torch.isnan(xs[0]), xs[0], torch.sign(xs[0])),  # torch has 0 for NaN
     "Floor": lambda a, xs: torch.floor(xs[0]),
     "Ceil": lambda a, xs: torch.ceil(xs[0]),
     "Round": lambda a, xs: torch.round(xs[0]),
