@@ -17,6 +17,8 @@ from rich.console import Console
 from benchmarks.errors import SideError, UsageError
 from benchmarks.train_options import add_arguments
 
+_INTERRUPTED = 130
+
 TRAIN = """\
 Trains the 3D U-Net of "High-Resolution Medical Image Analysis with Spatial Partitioning" (Hou et al. 2019) on
 synthetic CT volumes with a liver and lesions, every volume split over the shards of a mesh:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -98,8 +100,10 @@ def _conformance(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from benchmarks.train_launch import follow_launcher
     from benchmarks.train_options import from_arguments
 
+    follow_launcher()
     chosen = from_arguments(options)
     from benchmarks.train import run_train
 
@@ -151,4 +155,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == _INTERRUPTED:
+        # CPython does not notice that an interruption inside exec() was handled, and would end by the signal.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

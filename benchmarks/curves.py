@@ -62,7 +62,8 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
 def read_table(path: Path) -> list[Row]:
     """The rows of a CSV that `write_table` has written."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(step=int(line.pop("step")), **{k: float(v) if v else None for k, v in line.items()})
+        return [Row(int(line["step"]), float(line["seconds"]), float(line["learning_rate"]), float(line["loss"]),
+                    float(line["liver"]) if line["liver"] else None, float(line["lesion"]) if line["lesion"] else None)
                 for line in csv.DictReader(file)]
 
 

@@ -47,7 +47,7 @@ def make(size: Sequence[int], kind: Kind, number: int) -> tuple[NDArray[np.float
     labels = np.zeros(scan.classes.shape, np.uint8)
     labels[scan.classes == _LIVER] = 1
     labels[scan.classes == _LESION] = 2
-    return np.clip(hounsfield / 1024 + 0.5, 0, 1), labels
+    return np.clip(hounsfield / 1024 + 0.5, 0, 1).astype(np.float32), labels
 
 
 def files(folder: Path, kind: Kind, count: int) -> list[Sample]:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.suite import Case, Side, example_classes
+from benchmarks.suite import Case, Side, example_classes, example_input
 
 Array: TypeAlias = NDArray[np.float32]
 
@@ -87,6 +87,11 @@ class _Here(TrainingRunner):
         named = sorted(self._module.named_parameters())
         return np.concatenate([p.grad.numpy().reshape(-1) for _, p in named if p.grad is not None])
 
+    def own_input(self, volume: Array) -> Array:
+        """This rank's part of the volume, so that the whole is held by none."""
+        box = self._module.own_box(self._module.input_names[0])
+        return np.ascontiguousarray(volume[tuple(slice(i.start, i.stop) for i in box.intervals())])
+
     def _own(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """This rank's part of the labels (batch, *spatial)."""
         if self._losses is None:
@@ -111,7 +116,7 @@ class _Ranks(TrainingRunner):
 
 @contextmanager
 def _ranks(side: Side, case: Case, threads: int) -> Generator[list[Connection]]:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     spawn = multiprocessing.get_context("spawn")
@@ -149,19 +154,17 @@ def _received(pipe: Connection) -> Any:
 
 def _serve(rank: int, port: int, side: Side, case: Case, threads: int, pipe: Connection) -> None:
     """A rank: takes steps on its own part of the volume as long as it is told to."""
-    import torch
     import torch.distributed as dist
-
-    from benchmarks.suite import example_input
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=side.processes)
         runner = _Here(side, case, threads)
-        volume = _own_part(runner, example_input(case))
-        pipe.send(torch.get_num_threads())
+        volume = runner.own_input(example_input(case))
+        pipe.send("ready")
         while pipe.recv() == "step":
             gradients = runner.run(volume)
             pipe.send(gradients if rank == 0 else None)
@@ -170,9 +173,3 @@ def _serve(rank: int, port: int, side: Side, case: Case, threads: int, pipe: Con
         return
     except Exception as error:
         pipe.send(RuntimeError(f"rank {rank}: {type(error).__name__}: {error}"))
-
-
-def _own_part(runner: _Here, volume: Array) -> Array:
-    module = runner._module
-    box = module.own_box(module.input_names[0])
-    return np.ascontiguousarray(volume[tuple(slice(i.start, i.stop) for i in box.intervals())])

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from benchmarks.curves import Row, draw, plain, rows_from, write_table
 from benchmarks.errors import SideError, UsageError
 from benchmarks.liver_network import CLASS_WEIGHTS, CLASSES, LiverConfig
 from benchmarks.train_data import LABELS, VOLUME, endless, held_out_volumes, training_volumes, write_volumes
-from benchmarks.train_launch import INTERRUPTED, Place, Stop, die_with_launcher, joined, launch, place
+from benchmarks.train_launch import INTERRUPTED, Place, Stop, joined, launch, place
 from benchmarks.train_options import TrainOptions
 from benchmarks.train_report import Figures, Reporter, title
 
@@ -79,10 +80,12 @@ def run_train(options: TrainOptions, arguments: Sequence[str]) -> int:
     here = place()
     ranks = pt.Mesh.parse(options.mesh).size * options.replicas
     if here is None and options.backend != "lockstep" and (options.processes or ranks > 1):
-        return launch(arguments, ranks, options.threads)
+        try:
+            return launch(arguments, ranks, options.threads)
+        finally:
+            _tidy(options)
     if here is not None and here.size != ranks:
         raise UsageError(f"{here.size} processes were started; --mesh and --replicas need {ranks}")
-    die_with_launcher()
     try:
         return _train(options, here)
     except pt.PartitionError as error:
@@ -104,6 +107,8 @@ def _train(options: TrainOptions, here: Place | None) -> int:
         run = Run(options, here, plan, module, optimiser)
         if options.resume:
             _take_up(run)
+        if run.is_first:
+            _tidy(options)
         write_volumes(module, options, here is None or here.local_rank == 0)
         with Reporter(run.is_first, options, run.done) as reporter, run.stop.on_signals():
             _learn(run, reporter)
@@ -130,7 +135,7 @@ def _learn(run: Run, reporter: Reporter) -> None:
     held_out = held_out_volumes(run.module, options)
     for batch in endless(training_volumes(run.module, options), run.done):
         row, stopped = _step(run, batch)
-        if not stopped and _is_due(row.step, options.evaluate_every, options.steps):
+        if _is_due(row.step, 0 if stopped else options.evaluate_every, options.steps):
             row = replace(row, **evaluate(run, held_out))
         run.rows.append(row)
         reporter.show(row)
@@ -217,6 +222,15 @@ def _overlap(found: Tensor, labels: Tensor, kind: int) -> Tensor:
 
 
 # --- files -------------------------------------------------------------------------------------------
+
+
+def _tidy(options: TrainOptions) -> None:
+    """Remove what an earlier run has left half written when it was killed."""
+    for path in (*options.output.glob(".*.part*"), *options.data.glob(".*.part*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _save(run: Run) -> None:

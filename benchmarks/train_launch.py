@@ -52,9 +52,10 @@ def place() -> Place | None:
     return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
 
 
-def die_with_launcher() -> None:
-    """In a process that `launch` has started: end when the launcher does, however that ends."""
+def follow_launcher() -> None:
+    """In a process that `launch` has started: end when the launcher does, and at once by Ctrl-C while setting up."""
     if os.environ.get(_STARTED_BY_US):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception in the midst of imports would be no clear line
         threading.Thread(target=_wait_for_end, daemon=True).start()
 
 
@@ -66,8 +67,9 @@ def launch(arguments: Sequence[str], size: int, threads: int | None) -> int:
 
     Raises:
         SideError: when a process dies without a word of its own.
+        KeyboardInterrupt: when the processes were interrupted before they could say anything.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     # Our own store, as torchrun has one: no port is free when it is chosen and taken when it is used.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -117,7 +119,9 @@ def _watch(ranks: Sequence[_Rank]) -> int:
 
 def _verdict(ranks: Sequence[_Rank]) -> int:
     codes = {rank.number: rank.process.returncode for rank in ranks}
-    if any(code == INTERRUPTED for code in codes.values()):
+    if -signal.SIGINT in codes.values():
+        raise KeyboardInterrupt
+    if INTERRUPTED in codes.values():
         return INTERRUPTED
     first = codes[0]
     if first == 2 or not any(codes.values()):

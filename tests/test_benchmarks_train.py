@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,7 +155,8 @@ def test_a_killed_run_goes_on_with_the_same_numbers(step: int, mesh: str, alone:
     assert leftovers(tmp_path) == []
 
 
-def test_interrupted_in_good_order(alone: tuple[Path, list[Row]], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_interrupted_in_good_order(tmp_path: Path) -> None:
     """Ctrl-C ends after the step, with a checkpoint from which another mesh goes on."""
     many = [a if a != "5" else "100000" for a in SMALL]
     process = started(tmp_path, "--mesh", "depth=2", small=many)
@@ -168,6 +170,19 @@ def test_interrupted_in_good_order(alone: tuple[Path, list[Row]], tmp_path: Path
     rows = read_table(tmp_path / "curves.csv")
     folder = tmp_path / "checkpoint"
     assert json.loads((folder / "about.json").read_text())["extra"]["step"] == len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[], ["--mesh", "depth=2"]])
+@pytest.mark.parametrize("seconds", [1.0, 2.5, 4.0])
+def test_interrupted_while_setting_up(seconds: float, mesh: list[str], tmp_path: Path) -> None:
+    process = started(tmp_path, *mesh, small=[a if a != "5" else "100000" for a in SMALL])
+    time.sleep(seconds)
+    processes = family(process)
+    process.send_signal(signal.SIGINT)
+    found = finish(process)
+    assert found.code == 130 and found.err in ("", "interrupted\n"), (found.out, found.err)
+    assert all_gone(processes) and leftovers(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -239,7 +254,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     (["--amp", "bfloat16", "--dtype", "float64"], "--amp bfloat16 goes with --dtype float32"),
     (["--resume"], "--resume: there is no checkpoint in "),
     ([*SMALL, "--mesh", "depth=99", "--backend", "lockstep"], "axis 2 of input 'volume' has only 12 cells"),
-    ([*SMALL, "--device", "cuda:77"], "device 'cuda:77'"),
+    pytest.param([*SMALL, "--device", "cuda:77"], "device 'cuda:77'", marks=pytest.mark.slow),
 ])
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, "--output", str(tmp_path), *arguments)
