@@ -14,7 +14,7 @@ from torch import nn
 
 import partitioner as pt
 from partitioner.geometry import Box, Interval
-from partitioner.ops.own.training import uniform
+from partitioner.ops.own.training import draw_kept, uniform
 from runtime.training.parameters import place_for
 from tests.command import kernel, model, value
 from tests.models import NETWORKS
@@ -207,3 +207,25 @@ def test_places_of_weights(names: list[str], places: list[str]) -> None:
         owner, attribute = place_for(module, name)
         owner.register_buffer(attribute, torch.zeros(1))
     assert sorted(module.state_dict()) == sorted(places)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(2, 7, 9, 8, 6), (3, 1, 40, 30), (5, 300), (4000,)])
+def test_what_a_dropout_keeps_is_a_matter_of_the_cell(shape: tuple[int, ...], ratio: float) -> None:
+    """Any part of the volume keeps what the whole does, channels that are no multiple of four included."""
+    device = torch.device("cpu")
+    whole_box = Box(tuple((Interval(0, n),) for n in shape))
+    kept, share = draw_kept(whole_box, shape, ratio, 3, 1, device)
+    assert tuple(kept.shape) == shape and share == 1 - ratio
+    assert abs(float(kept.double().mean()) - share) < (0.06 if 0 < ratio < 1 else 1e-9)
+    part = Box(tuple((Interval(n // 3, n - n // 4),) for n in shape))
+    mine, _ = draw_kept(part, shape, ratio, 3, 1, device)
+    assert torch.equal(mine, kept[tuple(slice(n // 3, n - n // 4) for n in shape)])
+    if len(shape) > 2:
+        pieces = Box(((Interval(0, 1),), (Interval(0, 1),), (Interval(0, 2), Interval(5, 6)),
+                      *((Interval(0, n),) for n in shape[3:])))
+        mine, _ = draw_kept(pieces, shape, ratio, 3, 1, device)
+        assert torch.equal(mine, kept[:1, :1, [0, 1, 5]])
+    other, _ = draw_kept(whole_box, shape, ratio, 4, 1, device)
+    assert 0 < ratio < 1 or torch.equal(kept, other)
+    assert not 0 < ratio < 1 or not torch.equal(kept, other)

@@ -11,6 +11,7 @@ from partitioner import dialect
 from partitioner.geometry import Box, union
 from partitioner.layout import AxisLayout, Layout
 from partitioner.ops.base import Need, Needs, NodeView, Operator, TensorType, Unsupported, need_pieces
+from partitioner.ops.dtypes import refuse_mixed
 from partitioner.ops.kernels.unsigned import refuse_unsigned
 from partitioner.ops.opaque import Opaque
 from partitioner.ops.registry import lookup
@@ -62,6 +63,7 @@ def operator_of(node: ir.Node) -> Operator:
     view = view_node(node)
     if cls is not None and node.domain == "":
         refuse_unsigned(view)
+        refuse_mixed(view)
     operator = Opaque.of(node, view) if cls is None else cls.read(view)
     node.meta[_OPERATOR] = operator
     return operator

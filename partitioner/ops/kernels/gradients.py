@@ -122,6 +122,27 @@ class _ChannelAffine(torch.autograd.Function):
         return by_data, by_factor.view_as(factor), by_offset.view_as(factor)
 
 
+def drop(data: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+    """The kept cells times a number, zeros elsewhere; what is remembered is a byte per cell."""
+    result = _Drop.apply(data, kept, scale)  # type: ignore[no-untyped-call]
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, data: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return (data * kept).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (kept,) = ctx.saved_tensors
+        return (grad_outputs[0] * kept).mul_(ctx.scale), None, None
+
+
 def _columns(data: torch.Tensor) -> list[int]:
     return [n if a == 1 else 1 for a, n in enumerate(data.shape)]
 

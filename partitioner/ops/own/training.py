@@ -127,6 +127,8 @@ class TrainingDropout(Operator):
         return (aligned(shape, shape), ())
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        from partitioner.ops.kernels.gradients import drop
+
         x = call.tensor(0)
         if self.ratio <= 0:
             return (x,)
@@ -134,9 +136,8 @@ class TrainingDropout(Operator):
         if self.channels:
             box = Box((*box.axes[:2], *((Interval(0, 1),) for _ in shape[2:])))
             shape = (*shape[:2], *(1 for _ in shape[2:]))
-        kept = uniform(box, shape, int(call.tensor(1)), self.layer, x.device) >= self.ratio
-        scale = 0.0 if self.ratio >= 1 else 1 / (1 - self.ratio)
-        return (x * (kept.to(x.dtype) * scale),)
+        kept, share = draw_kept(box, shape, self.ratio, int(call.tensor(1)), self.layer, x.device)
+        return (drop(x, kept, 0.0 if share == 0 else 1 / share),)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
@@ -145,24 +146,57 @@ class TrainingDropout(Operator):
 
 def uniform(box: Box, shape: Sequence[int], seed: int, layer: int, device: torch.device) -> torch.Tensor:
     """A number in [0, 1) for every cell of a box, a function of seed, layer and the cell's index in `shape`."""
-    index = torch.zeros((1,) * len(shape), dtype=torch.int64, device=device)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        cells = torch.cat([torch.arange(i.start, i.stop, device=device) for i in box.axes[axis]])
-        index = index + (cells * stride).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        stride *= shape[axis]
+    axes = [_cells(pieces, device) for pieces in box.axes]
+    return (_hashed(axes, shape, seed, layer) >> 40).bitwise_and_(2**24 - 1).to(torch.float32) / 2**24
+
+
+def draw_kept(box: Box, shape: Sequence[int], ratio: float, seed: int, layer: int,
+              device: torch.device) -> tuple[torch.Tensor, float]:
+    """Which cells of a box a dropout keeps, and the share that it keeps: 1 - ratio in units of 2^-16.
+
+    A hash of 64 bits decides over four channels, for it takes longer than all else that a dropout does.
+    """
+    threshold = min(max(round(ratio * 2**16), 0), 2**16)
+    share = 1 - threshold / 2**16
+    if len(shape) < 2:
+        numbers = uniform(box, shape, seed, layer, device)
+        return numbers >= threshold / 2**16, share
+    order = [0, *range(2, len(shape)), 1]  # the channels' bits side by side
+    axes = [_cells(pieces, device) for pieces in box.axes]
+    channels = axes[1]
+    first, last = (int(channels[0]), int(channels[-1])) if len(channels) else (0, -1)
+    axes[1] = torch.arange(first // 4, last // 4 + 1, device=device)
+    grouped = [shape[0], -(-shape[1] // 4), *shape[2:]]
+    bits = _hashed([axes[a] for a in order], [grouped[a] for a in order], seed, layer).view(torch.int16)
+    kept = (bits >= threshold - 2**15) if threshold < 2**16 else torch.zeros_like(bits, dtype=torch.bool)
+    kept = kept.permute([0, len(shape) - 1, *range(1, len(shape) - 1)])
+    if len(channels) == last - first + 1:
+        return kept.narrow(1, first % 4, len(channels)), share
+    return kept.index_select(1, channels - first // 4 * 4), share
+
+
+def _cells(pieces: Sequence[Interval], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(i.start, i.stop, device=device) for i in pieces] or
+                     [torch.zeros(0, dtype=torch.int64, device=device)])
+
+
+def _hashed(axes: Sequence[torch.Tensor], shape: Sequence[int], seed: int, layer: int) -> torch.Tensor:
+    """64 bits for every combination of indices along the axes of a tensor of extents `shape`: splitmix64."""
     start = (seed * 0x9E3779B97F4A7C15 + layer * 0xD1B54A32D192ED03) % 2**64
-    z = index * _signed(0x9E3779B97F4A7C15) + _signed(start)
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shifted(z ^ _shifted(z, 31), 40).to(torch.float32) / 2**24
+    z = torch.full((1,) * len(shape), _signed(start), dtype=torch.int64, device=axes[0].device if axes else None)
+    stride = 1
+    for axis in reversed(range(len(shape))):  # from the last axis on, so that the whole is written once
+        step = axes[axis] * stride * _signed(0x9E3779B97F4A7C15)
+        z = z + step.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        stride *= shape[axis]
+    z = z.contiguous()
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))  # a shift that brings in zeros
+        if factor != 1:
+            z.mul_(_signed(factor))
+    return z
 
 
 def _signed(number: int) -> int:
     """64 bits as torch's int64 has them."""
     return number - 2**64 if number >= 2**63 else number
-
-
-def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """A shift to the right that brings in zeros."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
