@@ -21,6 +21,7 @@ import onnx_ir.passes.common as library
 from partitioner import dialect
 from partitioner.errors import ShapeError, refuse_all
 from partitioner.ops.base import NothingLeft, Unsupported, WrongExtents
+from partitioner.ops.dtypes import disagreeing
 from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.opaque import Opaque
 from partitioner.ops.weights import weight_nodes
@@ -35,6 +36,7 @@ from passes.unfold import hopeless, leave_out, unfold
 Shapes = Mapping[str, Sequence[int]]
 
 _SHORTHANDS = ("auto_pad", "ceil_mode", "output_shape")
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ def _visit(model: ir.Model, node: ir.Node, folder: Folder, strict: bool) -> list
     others = unfold(model, node, folder)
     if others is not None:
         return others
+    _round_constants(model.graph, node)
     try:
         operator = operator_of(node)
     except NothingLeft:
@@ -236,6 +239,25 @@ def _visit(model: ir.Model, node: ir.Node, folder: Folder, strict: bool) -> list
         value.shape = ir.Shape(found.shape)
         value.type = ir.TensorType(found.dtype)
     return []
+
+
+def _round_constants(graph: ir.Graph, node: ir.Node) -> None:
+    """Weights of 32 bits beside data of 16, which torch's exporter leaves where it folds a batch norm, in 16."""
+    if node.domain != "":
+        return
+    types = [None if v is None else v.dtype for v in node.inputs]
+    known = [v is not None and v.const_value is not None for v in node.inputs]
+    version = node.version or graph.opset_imports[""]
+    for index, wanted in disagreeing(node.op_type, version, types, known).items():
+        value = node.inputs[index]
+        if wanted not in _HALVES or value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+            continue
+        tensor = ir.tensor(value.const_value.numpy().astype(wanted.numpy()))
+        made = ir.Value(name=Namer(graph)(f"{value.name}/{wanted.name.lower()}"), shape=value.shape,
+                        type=ir.TensorType(wanted), const_value=tensor)
+        dialect.set_source(made, dialect.get_source(value))
+        graph.register_initializer(made)
+        node.replace_input_with(index, made)
 
 
 def _settle_rest(model: ir.Model, folder: Folder) -> list[Problem]:

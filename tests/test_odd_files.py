@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import partitioner as pt
 from tests.command import kernel, model, value, volume, works
 from tests.models import NETWORKS
+from tests.oracle import error
 from tests.test_fallback import check
 
 SHAPE = (1, 2, 7, 11, 5)
@@ -223,6 +224,30 @@ def test_one_layer_in_other_formats(dtype: int) -> None:
     found = found.float().numpy() if isinstance(found, torch.Tensor) else found.astype(np.float32)
     bits = {TensorProto.FLOAT16: 2**-10, TensorProto.BFLOAT16: 2**-7, TensorProto.DOUBLE: 1e-6}[dtype]
     assert np.abs(found - expected).max() <= bits * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_32_bits_beside_data_of_16(dtype: str) -> None:
+    """torch's exporter folds a batch norm into the convolution before it and leaves the weights in float32."""
+    kind = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[dtype]
+    source = model([conv(), helper.make_node("Add", ["y", "b"], ["z"], "shift")], [value("x", SHAPE, kind)],
+                   [value("z", SHAPE, kind)], {"w": W, "b": np.full((1, 2, 1, 1, 1), 0.3, np.float32)})
+    x = torch.from_numpy(volume(SHAPE)).to(getattr(torch, dtype))
+    plan = pt.partition(source, mesh=MESH)
+    found = plan.run({"x": x})["z"]
+    expected = torch.nn.functional.conv3d(x.float(), torch.from_numpy(W), padding=1) + 0.3
+    assert found.dtype == x.dtype and error(found.float().numpy(), expected.numpy()) < (2e-3 if kind == 10 else 2e-2)
+    assert all(v.dtype == plan.model.graph.inputs[0].dtype for v in plan.model.graph.initializers.values())
+
+
+def test_data_of_two_types_is_refused_by_name() -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["d"], "wide", to=TensorProto.DOUBLE),
+             helper.make_node("Add", ["x", "d"], ["y"], "sum"), helper.make_node("Mul", ["d", "x"], ["z"], "product")]
+    source = model(nodes, [value("x", SHAPE)], [value("y", None), value("z", None)])
+    with pytest.raises(pt.PartitionError) as caught:
+        pt.partition(source, mesh=MESH)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["sum (Add)", "product (Mul)"]
+    assert "input 1 is DOUBLE beside inputs of FLOAT" in str(caught.value)
 
 
 @pytest.mark.slow
