@@ -52,7 +52,7 @@ test-architectures: $(VENV)/.installed-networks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf demo-output benchmark-results
+	rm -rf demo-output benchmark-results train-output
 	find $(PACKAGES) benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up -------------------------------------------------------------------------------------

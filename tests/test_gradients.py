@@ -90,6 +90,19 @@ def test_moments_and_affine(shape: tuple[int, ...], dtype: torch.dtype, last: bo
     compare(mine, theirs, [x, torch.randn(column, dtype=dtype), torch.randn(column, dtype=dtype)], limit)
 
 
+def test_sums_over_many_cells_do_not_lose_digits() -> None:
+    """As many cells as a volume has, far from zero."""
+    x = (torch.randn(1, 4, 48, 96, 96) + 10).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    variance, mean = torch.var_mean(x.detach().double(), (0, 2, 3, 4), correction=0)
+    count, found, m2 = moments(x, (0, 2, 3, 4))
+    assert float((found.detach().flatten() - mean).abs().max()) < 3e-6
+    assert float((m2.detach().flatten() / count - variance).abs().max()) < 3e-6
+    factor = torch.ones(1, 4, 1, 1, 1, requires_grad=True)
+    affine(x, factor, torch.zeros(1, 4, 1, 1, 1)).sum().backward()
+    total = x.detach().double().sum((0, 2, 3, 4))
+    assert factor.grad is not None and float((factor.grad.flatten() / total - 1).abs().max()) < 1e-6
+
+
 def test_a_large_mean_does_not_drown_the_variance() -> None:
     x = (torch.randn(1, 4, 16, 16, 16) + 1000).contiguous(memory_format=torch.channels_last_3d)
     exact = torch.var_mean(x.double(), (0, 2, 3, 4), correction=0)[0]

@@ -200,12 +200,12 @@ def test_a_plan_from_a_file_is_for_inference(tmp_path: Path) -> None:
     (["a.b.weight", "a.b.bias"], ["a.b.weight", "a.b.bias"]),
     (["a", "a.b"], ["a", "a_b"]),
     (["a..b", ".", "/net/conv/w.1"], ["a__b", "_", "/net/conv/w.1"]),
+    (["train.forward", "training", "state_dict"], ["train.forward", "training", "state_dict"]),
 ])
 def test_places_of_weights(names: list[str], places: list[str]) -> None:
     module = nn.Module()
     for name in names:
-        owner, attribute = place_for(module, name)
-        owner.register_buffer(attribute, torch.zeros(1))
+        place_for(module, name).put(torch.zeros(1), False, True)
     assert sorted(module.state_dict()) == sorted(places)
 
 
@@ -229,3 +229,15 @@ def test_what_a_dropout_keeps_is_a_matter_of_the_cell(shape: tuple[int, ...], ra
     other, _ = draw_kept(whole_box, shape, ratio, 4, 1, device)
     assert 0 < ratio < 1 or torch.equal(kept, other)
     assert not 0 < ratio < 1 or not torch.equal(kept, other)
+
+
+def test_weights_may_have_the_names_of_the_modules_own_attributes() -> None:
+    nodes = [helper.make_node("Conv", ["x", "join.0.weight", "seed"], ["a"], "conv", pads=[1] * 6),
+             helper.make_node("Conv", ["a", "forward", "mesh"], ["y"], "conv2", pads=[1] * 6)]
+    weights = {"join.0.weight": kernel(3, 3), "seed": np.ones(3, np.float32), "forward": kernel(3, 3),
+               "mesh": np.zeros(3, np.float32)}
+    source = model(nodes, [value("x", SHAPE)], [value("y", SHAPE)], weights)
+    module = pt.partition(source, mesh="depth=2").module()
+    assert set(module.state_dict()) == set(dict(module.named_parameters())) == set(weights)
+    module(torch.randn(SHAPE)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())

@@ -16,22 +16,7 @@ from torch import nn
 from partitioner import dialect
 from partitioner.ops.weights import is_trainable
 from runtime.memory import load_weight
-from runtime.training.parameters import place_for
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a weight stands: an attribute of a submodule."""
-
-    owner: nn.Module
-    attribute: str
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """What stands there now."""
-        found = getattr(self.owner, self.attribute)
-        assert isinstance(found, torch.Tensor)
-        return found
+from runtime.training.parameters import Place, place_for
 
 
 @dataclass(frozen=True)
@@ -84,13 +69,9 @@ class State:
         self._uses[name] = Use(place, None if shape == tuple(place.tensor.shape) else shape)
 
     def _place(self, name: str, tensor: ir.TensorProtocol, trains: bool, persistent: bool) -> Place:
-        owner, attribute = place_for(self._module, name)
-        found = load_weight(tensor, self._device, "channels_first")
-        if trains:
-            owner.register_parameter(attribute, nn.Parameter(found))
-        else:
-            owner.register_buffer(attribute, found, persistent=persistent)
-        return Place(owner, attribute)
+        place = place_for(self._module, name)
+        place.put(load_weight(tensor, self._device, "channels_first"), trains, persistent)
+        return place
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Every constant of the plans by name, on a device."""

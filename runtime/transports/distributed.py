@@ -88,7 +88,8 @@ def _as_bytes(parcel: Parcel) -> torch.Tensor | None:
     """The memory of a parcel's only view when it is dense in storage order."""
     if len(parcel.views) != 1 or not parcel.views[0].is_contiguous():
         return None
-    return parcel.views[0].view(-1).view(torch.uint8)
+    (cells,) = parcel.views
+    return cells.as_strided((cells.numel(),), (1,)).view(torch.uint8)  # an axis of one cell may have any stride
 
 
 def _pieces(flat: torch.Tensor, parcel: Parcel) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,7 +3,7 @@
 Measured with torch 2.13 on one thread, in ms, torch's way and ours:
 
     convolution, 32 channels of 18x32x32, backward      117     19     torch leaves oneDNN up to N*C*D*H = 20480
-    mean and variance, 16 channels of 32x64x64           11.7    1.0
+    mean and variance, 16 channels of 32x64x64           11.7    2.8
 
 A first gradient is all that there is: these have no second one.
 """
@@ -79,14 +79,12 @@ class _ChannelMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = _columns(data)
-        if data.device.type == "cpu" and data.is_contiguous(memory_format=_channels_last(data)):
-            mean, variance = torch.batch_norm_update_stats(data, None, None, 0.0)
-        else:
-            variance, mean = torch.var_mean(data, [a for a in range(data.dim()) if a != 1], correction=0)
-        mean, variance = mean.to(data.dtype).view(shape), variance.to(data.dtype).view(shape)
+        axes = [a for a in range(data.dim()) if a != 1]
+        mean = data.mean(axes, keepdim=True)  # torch adds up in a tree; its own statistics of a batch do not
+        deviation = data - mean
+        mean = mean + deviation.mean(axes, keepdim=True)
         ctx.save_for_backward(data, mean)
-        return mean, variance * (data.numel() // data.shape[1])
+        return mean, deviation.square_().sum(axes, keepdim=True)
 
     @staticmethod
     @once_differentiable
@@ -115,11 +113,9 @@ class _ChannelAffine(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         data, factor = ctx.saved_tensors
-        zeros, ones = torch.zeros_like(factor).view(-1), torch.ones_like(factor).view(-1)
-        _, by_factor, by_offset = torch.ops.aten.native_batch_norm_backward(
-            grad, data, None, None, None, zeros, ones, True, 0.0, [False, True, True])
+        axes = [a for a in range(data.dim()) if a != 1]
         by_data = grad * factor if ctx.needs_input_grad[0] else None
-        return by_data, by_factor.view_as(factor), by_offset.view_as(factor)
+        return by_data, (grad * data).sum(axes, keepdim=True), grad.sum(axes, keepdim=True)
 
 
 def drop(data: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
@@ -141,10 +137,6 @@ class _Drop(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (kept,) = ctx.saved_tensors
         return (grad_outputs[0] * kept).mul_(ctx.scale), None, None
-
-
-def _columns(data: torch.Tensor) -> list[int]:
-    return [n if a == 1 else 1 for a, n in enumerate(data.shape)]
 
 
 def _channels_last(data: torch.Tensor) -> torch.memory_format:
