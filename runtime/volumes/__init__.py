@@ -16,6 +16,7 @@ A format is one file in `formats/`; the suffix of a path chooses it.
 from runtime.volumes.base import ArraySpec, Meta, Source, Span, VolumeFormat
 from runtime.volumes.dispatch import array_names, create_sink, known_suffixes, open_source
 from runtime.volumes.sinks import PartFile, Sink, Writer, open_part
+from runtime.volumes.spool import spooled
 
 __all__ = [
     "ArraySpec",
@@ -31,4 +32,5 @@ __all__ = [
     "known_suffixes",
     "open_part",
     "open_source",
+    "spooled",
 ]

@@ -241,3 +241,13 @@ def only_array(path: Path, arrays: Sequence[ArraySpec]) -> ArraySpec:
         return arrays[0]
     names = ", ".join(spec.name for spec in arrays)
     raise PartitionError(f"{path}: holds one array, not {len(arrays)} ({names}); use .npz or a file for each")
+
+
+def readable_size(count: int) -> str:
+    """Bytes for people, as 1.5 MiB."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from partitioner.errors import ExecutionError, PartitionError
-from runtime.volumes.base import Array, FileImage, Span, resolve
+from runtime.volumes.base import Array, FileImage, Span, readable_size, resolve
 from runtime.volumes.raw import RawArray, write_box, write_range
 
 _NO_RESERVATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -211,14 +211,14 @@ class Sink:
             return
         if needed > free:
             raise PartitionError(
-                f"{self.part.target}: needs {_readable(needed)}, {_readable(free)} are free; "
+                f"{self.part.target}: needs {readable_size(needed)}, {readable_size(free)} are free; "
                 "free some space or choose another folder"
             )
 
     def _create(self) -> None:
         file = os.open(self.part.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode())
         try:
-            _reserve(file, self._image.size)
+            reserve(file, self._image.size)
             for offset, block in self._image.blocks:
                 write_range(file, block, offset)
         finally:
@@ -264,8 +264,8 @@ def _checked_target(target: Path) -> Path:
     return real
 
 
-def _reserve(file: int, size: int) -> None:
-    """Make the file `size` bytes long its blocks taken now: no later write finds the disk full."""
+def reserve(file: int, size: int) -> None:
+    """Make the file `size` bytes long, its blocks taken now: no later write finds the disk full."""
     if not size:
         return
     try:
@@ -300,12 +300,3 @@ def _unreachable(part: PartFile, reason: str) -> str:
         f"{part.target}: its temporary file {part.temporary} cannot be used here ({reason}); "
         "write to a folder that all hosts share"
     )
-
-
-def _readable(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"
