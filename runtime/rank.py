@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class RunFiles:
     def remove(self) -> None:
         """Remove the prepared outputs of a run that failed; harmless when they are gone."""
         for name in self.scratch:
+            shutil.rmtree(name, ignore_errors=True)  # an output that is a folder
             with contextlib.suppress(OSError):
                 os.unlink(name)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import zarr
 
 from partitioner.errors import PartitionError
-from runtime.volumes import ArraySpec, array_names, create_sink, open_source
+from runtime.volumes import ArraySpec, absolute_place, array_names, create_sink, open_source
 from tests.volumes import SHAPE, check_parts, values
 
 FORMATS = (2, 3)
@@ -97,7 +97,7 @@ def test_what_is_no_store(tmp_path: Path, zarr_format: int) -> None:
     with refused("no such file"):
         open_source(tmp_path / "none.zarr")
     (tmp_path / "file.zarr").write_bytes(b"x")
-    with refused("no Zarr store, which is a folder"):
+    with refused(r"no Zarr store, which is a folder or a \.zarr\.zip"):
         open_source(tmp_path / "file.zarr")
     (tmp_path / "empty.zarr").mkdir()
     with refused("no Zarr store, or a damaged one"):
@@ -134,14 +134,77 @@ def test_pickles_are_not_loaded(tmp_path: Path, change: dict[str, Any]) -> None:
         open_source(path)
 
 
-def test_zarr_is_not_written(tmp_path: Path) -> None:
-    with refused(r"a\.zarr: Zarr stores are read, not written; write \.h5"):
-        create_sink(tmp_path / "a.zarr", [ArraySpec("x", SHAPE, "float32")])
-    assert os.listdir(tmp_path) == []
-
-
 def test_without_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.zarr", values((3,)))
     monkeypatch.setitem(sys.modules, "zarr", None)
     with refused(r"a\.zarr: .*pip install 'partitioner\[zarr\]'"):
         open_source(path)
+
+
+# --- stores that are no folders ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zarr_format", FORMATS)
+@pytest.mark.parametrize("top", ["", "a.zarr/"])
+def test_an_archive(tmp_path: Path, zarr_format: int, top: str) -> None:
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=zarr_format)
+    group.create_array("ct", data=values((3, 5)), chunks=(2, 2))
+    group.create_array("seg", data=values((4,)), chunks=(2,))
+    path = tmp_path / "b.zarr.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(p for p in (tmp_path / "a.zarr").rglob("*") if p.is_file()):
+            archive.write(file, top + str(file.relative_to(tmp_path / "a.zarr")))
+    assert array_names(path) == ("ct", "seg")
+    with open_source(f"{path}:/ct") as source:
+        check_parts(source, values((3, 5)))
+        assert source.notices == ()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with refused(r"b\.zarr\.zip: no Zarr store, or a damaged one"):
+        open_source(path)
+    path.write_bytes(content)
+    with refused(r"b\.zarr\.zip: Zarr stores are written into folders only"):
+        create_sink(path, [ArraySpec("x", (3,), "float32")])
+
+
+def test_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fsspec")
+    group = zarr.open_group("memory://folder/a.zarr", mode="w")
+    group.create_array("ct", data=values((3, 5)), chunks=(2, 2))
+    assert array_names("memory://folder/a.zarr") == ("ct",)
+    for spelled in ("memory://folder/a.zarr", "memory://folder/a.zarr:/ct", absolute_place("memory://folder/a.zarr")):
+        with open_source(spelled) as source:
+            check_parts(source, values((3, 5)))
+            assert source.notices == ()
+    with refused("memory://folder/a.zarr:?.* holds no array 'none'; it has ct"):
+        open_source("memory://folder/a.zarr:/none")
+    with refused("memory://folder/b.zarr: no Zarr store, or a damaged one"):
+        open_source("memory://folder/b.zarr")
+    with refused("memory://folder/b.zarr: Zarr stores are written into folders only"):
+        create_sink("memory://folder/b.zarr", [ArraySpec("x", (3,), "float32")])
+    with refused("memory://folder/a.npy: only Zarr stores are reached by URL"):
+        open_source("memory://folder/a.npy")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with refused("s3://bucket/a.zarr: needs a package .*pip install fsspec s3fs"):
+        open_source("s3://bucket/a.zarr")
+
+
+# --- chunks that are missing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("zarr_format", "options"), [(2, {}), (3, {}), (3, {"shards": (4, 4)})])
+def test_missing_chunks_are_noted(tmp_path: Path, zarr_format: int, options: dict[str, Any]) -> None:
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(str(path), mode="w", zarr_format=zarr_format)
+    array = group.create_array("ct", shape=(9, 8), chunks=(2, 2) if options else (4, 4), dtype="int16", fill_value=7,
+                               **options)
+    array[:] = values((9, 8), np.int16)
+    with open_source(path) as source:
+        assert source.notices == ()
+    files = sorted(p for p in (path / "ct").rglob("*") if p.is_file() and not p.name.startswith((".", "zarr.json")))
+    assert len(files) == 6
+    files[1].unlink()
+    files[4].unlink()
+    with open_source(path) as source:
+        assert source.notices == (f"{path}:/ct: 2 of 6 chunks are missing and read as the fill value 7",)
+        assert (source.read() == 7).sum() > 12

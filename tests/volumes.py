@@ -17,7 +17,8 @@ from partitioner.geometry import Box
 from runtime.volumes import ArraySpec, Source, create_sink, known_suffixes
 
 Array = NDArray[Any]
-WRITTEN = tuple(suffix for suffix in known_suffixes() if suffix != ".zarr")
+WRITTEN = tuple(suffix for suffix in known_suffixes(written=True) if suffix != ".zarr")
+"""Files that are written; a Zarr store is a folder."""
 SHAPE = (1, 2, 7, 11, 5)
 AFFINE = np.array([[-0.7, 0.1, 0, 90], [0, 0.8, 0.2, -126], [0.3, 0, 2.5, -72], [0, 0, 0, 1]])
 

@@ -13,7 +13,7 @@ The target appears when `commit` renames the finished file; until then an older 
 A format is one file in `formats/`; the suffix of a path chooses it.
 """
 
-from runtime.volumes.base import ArraySpec, Meta, Source, Span, VolumeFormat
+from runtime.volumes.base import ArraySpec, Meta, Source, Span, VolumeFormat, absolute_place
 from runtime.volumes.dispatch import array_names, create_sink, known_suffixes, open_source
 from runtime.volumes.sinks import PartFile, Sink, Writer, open_part
 from runtime.volumes.spool import spooled
@@ -27,6 +27,7 @@ __all__ = [
     "Span",
     "VolumeFormat",
     "Writer",
+    "absolute_place",
     "array_names",
     "create_sink",
     "known_suffixes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from partitioner.errors import PartitionError
 from partitioner.geometry import Interval
+from runtime.volumes.chunks import ChunkedArray
 from runtime.volumes.raw import Array, DType, RawArray
 
 Span = slice | tuple[int, int] | Interval
@@ -61,6 +63,11 @@ class Source(Protocol):
         """Affine and header, for formats that have them."""
         ...
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know although nothing is wrong, a line each: chunks that are missing."""
+        ...
+
     def read(self, box: Sequence[Span] | None = None) -> Array:
         """The values in a box, one span per axis (all of them without one), dense in C order.
 
@@ -97,11 +104,13 @@ class ArraySpec:
         name: its name in a file that holds several (.npz, .h5); elsewhere only for messages.
         shape: extents as the model gives them.
         dtype: anything that numpy takes for a type, or "bfloat16".
+        tile: the largest extents of a part that is written at once; formats in chunks take them.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str | DType | type[np.generic]
+    tile: tuple[int, ...] | None = None
 
     @property
     def numpy_dtype(self) -> DType:
@@ -131,6 +140,26 @@ class FileImage:
     pack: Callable[[BinaryIO, BinaryIO], None] | None = None
 
 
+@dataclass(frozen=True)
+class FolderImage:
+    """How a folder will look: files that are known, arrays in chunks that are not yet.
+
+    Args:
+        files: pairs (path within the folder, bytes), the descriptions.
+        arrays: by name, where the values go.
+        check: raises `PartitionError` when a folder must not be replaced by this one.
+    """
+
+    files: tuple[tuple[str, bytes], ...]
+    arrays: tuple[tuple[str, ChunkedArray], ...]
+    check: Callable[[Path], None]
+
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes."""
+        return sum(len(block) for _, block in self.files) + sum(array.nbytes for _, array in self.arrays)
+
+
 class VolumeFormat(Protocol):
     """A file format; a module in `formats/` offers it under the name FORMAT."""
 
@@ -142,6 +171,11 @@ class VolumeFormat(Protocol):
     @property
     def is_folder(self) -> bool:
         """Whether a volume is a folder, which `open_source` and `names` then look at themselves."""
+        ...
+
+    @property
+    def read_only(self) -> tuple[str, ...]:
+        """Those of the suffixes whose files are not written."""
         ...
 
     @property
@@ -161,8 +195,8 @@ class VolumeFormat(Protocol):
         """
         ...
 
-    def lay_out(self, path: Path, arrays: Sequence[ArraySpec], like: Source | None) -> FileImage:
-        """How a file with these arrays will look; touches no file.
+    def lay_out(self, path: Path, arrays: Sequence[ArraySpec], like: Source | None) -> FileImage | FolderImage:
+        """How a file or folder with these arrays will look; touches no file.
 
         Raises:
             PartitionError: the format cannot hold these arrays.
@@ -251,3 +285,16 @@ def readable_size(count: int) -> str:
             return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} GiB"
+
+
+def place_text(path: Path) -> str:
+    """A path as a user writes it; that of a URL, whose slashes `Path` joins, has both again."""
+    text = str(path)
+    scheme, colon, rest = text.partition(":/")
+    is_url = bool(colon) and len(scheme) > 1 and scheme.replace("+", "").isalnum() and not Path(scheme).exists()
+    return f"{scheme}://{rest}" if is_url else text
+
+
+def absolute_place(path: str | Path) -> str:
+    """The same file from any working folder; a URL as it is."""
+    return place_text(Path(path)) if "://" in place_text(Path(path)) else os.path.abspath(path)

@@ -8,6 +8,7 @@ instead of an error.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import mmap
@@ -26,6 +27,8 @@ Array = NDArray[Any]
 DType = np.dtype[Any]
 
 TILE_BYTES = 8 * 2**20
+
+_NO_RESERVATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 Intervals = tuple[Interval, ...]
 
@@ -207,3 +210,15 @@ def write_range(file: int, values: memoryview | bytes, offset: int) -> None:
     while rest:
         written = os.pwrite(file, rest, offset)
         rest, offset = rest[written:], offset + written
+
+
+def reserve(file: int, size: int) -> None:
+    """Make the file `size` bytes long, its blocks taken now: no later write finds the disk full."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:  # not on every system, not on every file system
+        if isinstance(error, OSError) and error.errno not in _NO_RESERVATION:
+            raise
+        os.ftruncate(file, size)

@@ -1,26 +1,27 @@
-"""Writing a volume from many processes: a temporary file beside the target, filled in parts, then renamed."""
+"""Writing a volume from many processes: a temporary file or folder beside the target, filled in parts, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import dataclasses
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from partitioner.errors import ExecutionError, PartitionError
 from runtime.volumes.base import Array, FileImage, Span, readable_size, resolve
-from runtime.volumes.raw import RawArray, write_box, write_range
-
-_NO_RESERVATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+from runtime.volumes.chunks import ChunkedArray, ChunkWriter
+from runtime.volumes.raw import Intervals, RawArray, reserve, write_box, write_range
 
 
 @dataclass(frozen=True)
@@ -29,38 +30,49 @@ class PartFile:
 
     Args:
         target: the file that is being made, for messages.
-        temporary: absolute path of the file that the parts go to.
-        size: of the temporary file, in bytes.
-        arrays: by name, where the values go.
+        temporary: absolute path of the file that the parts go to, or of the folder.
+        size: of the temporary file, in bytes; of all files in the folder that are to come.
+        arrays: by name, where the values go in the file.
+        chunked: by name, where the values go in the folder; there is a file where there are none.
     """
 
     target: str
     temporary: str
     size: int
     arrays: tuple[tuple[str, RawArray], ...]
+    chunked: tuple[tuple[str, ChunkedArray], ...] = ()
 
     def to_json(self) -> str:
         """As text."""
-        arrays = [
-            {"name": name, "offset": a.offset, "shape": a.shape, "dtype": a.dtype.str, "order": a.order}
-            for name, a in self.arrays
-        ]
-        known = {"target": self.target, "temporary": self.temporary, "size": self.size, "arrays": arrays}
+        known = dataclasses.asdict(self)
+        for _, array in (*known["arrays"], *known["chunked"]):
+            array["dtype"] = array["dtype"].str
         return json.dumps(known)
 
     @classmethod
     def from_json(cls, text: str) -> PartFile:
         """The inverse of `to_json`."""
         known = json.loads(text)
-        arrays = [
-            (a["name"], RawArray(a["offset"], tuple(a["shape"]), np.dtype(a["dtype"]), tuple(a["order"])))
-            for a in known["arrays"]
-        ]
-        return cls(known["target"], known["temporary"], known["size"], tuple(arrays))
+        arrays = tuple((name, RawArray(**_revived(fields))) for name, fields in known.pop("arrays"))
+        chunked = tuple((name, ChunkedArray(**_revived(fields))) for name, fields in known.pop("chunked"))
+        return cls(**known, arrays=arrays, chunked=chunked)
+
+    def remove(self) -> None:
+        """Remove what was written so far; harmless when it is gone."""
+        if self.chunked:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(self.temporary)
+
+
+def _revived(fields: dict[str, Any]) -> dict[str, Any]:
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return {**found, "dtype": np.dtype(found["dtype"])}
 
 
 class Writer:
-    """Writes boxes of the arrays of a prepared file; `with` closes it.
+    """Writes boxes of the arrays of a prepared file or folder; `with` closes it.
 
     Raises:
         PartitionError: the temporary file is not there (another host, a folder that is not shared).
@@ -68,15 +80,15 @@ class Writer:
 
     def __init__(self, part: PartFile) -> None:
         self._part = part
-        self._arrays = dict(part.arrays)
-        # Without leave to read, a network file system sends the bytes given and not the pages around them.
-        try:
-            self._file = os.open(part.temporary, os.O_WRONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise PartitionError(_unreachable(part, str(error.strerror))) from error
-        if (size := os.fstat(self._file).st_size) != part.size:
-            self.close()
-            raise PartitionError(_unreachable(part, f"{size} bytes where {part.size} were prepared"))
+        self._arrays: dict[str, RawArray | ChunkedArray] = {**dict(part.arrays), **dict(part.chunked)}
+        if part.chunked:
+            folder = _opened_folder(part)
+            stores = {name: partial(folder.write, array) for name, array in part.chunked}
+        else:
+            folder = _OneFile(part)
+            stores = {name: partial(folder.write, raw) for name, raw in part.arrays}
+        self._target: _OneFile | ChunkWriter | None = folder
+        self._stores: dict[str, Callable[[Intervals, Array], None]] = stores
 
     def write(self, box: Sequence[Span] | None, array: Array, name: str | None = None) -> None:
         """Store the values of a box (None: all), one span per axis.
@@ -90,14 +102,15 @@ class Writer:
             ValueError: the box, shape, type or name does not fit the file.
             ExecutionError: the disk is full or gone.
         """
-        raw = self._raw(name)
+        known = self._known(name)
+        raw = self._arrays[known]
         place = resolve(box, raw.shape)
         if array.shape != tuple(len(i) for i in place):
             raise ValueError(f"values of shape {array.shape} for the box [{', '.join(map(str, place))}]")
         if not np.can_cast(array.dtype, raw.dtype, "safe"):
             raise ValueError(f"{array.dtype} values for a file of {raw.dtype}")
         with _writing(self._part.target):
-            write_box(self._file, raw, place, array)
+            self._stores[known](place, array)
 
     def close(self) -> None:
         """Bring everything to the disk and let go of the file; harmless when repeated.
@@ -105,23 +118,19 @@ class Writer:
         Raises:
             ExecutionError: the disk is full or gone.
         """
-        if self._file < 0:
-            return
-        file, self._file = self._file, -1
-        try:
+        target, self._target = self._target, None
+        if target is not None:
             with _writing(self._part.target):
-                os.fsync(file)
-        finally:
-            os.close(file)
+                target.close()
 
-    def _raw(self, name: str | None) -> RawArray:
-        if self._file < 0:
+    def _known(self, name: str | None) -> str:
+        if self._target is None:
             raise ValueError(f"the writer of {self._part.target} is closed")
         if name is None and len(self._arrays) == 1:
-            return self._part.arrays[0][1]
-        if name not in self._arrays:
+            return next(iter(self._arrays))
+        if name is None or name not in self._arrays:
             raise ValueError(f"array {name!r} is none of {', '.join(self._arrays)}")
-        return self._arrays[name]
+        return name
 
     def __enter__(self) -> Self:
         return self
@@ -130,24 +139,52 @@ class Writer:
         self.close()
 
 
-class Sink:
-    """A volume file in the making; the target stays as it was until `commit`.
+class _OneFile:
+    """Writes boxes of arrays that lie in one file."""
+
+    def __init__(self, part: PartFile) -> None:
+        # Without leave to read, a network file system sends the bytes given and not the pages around them.
+        try:
+            self._file = os.open(part.temporary, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PartitionError(_unreachable(part, str(error.strerror))) from error
+        if (size := os.fstat(self._file).st_size) != part.size:
+            self.close()
+            raise PartitionError(_unreachable(part, f"{size} bytes where {part.size} were prepared"))
+
+    def write(self, raw: RawArray, box: Intervals, values: Array) -> None:
+        """Store the values of a box."""
+        write_box(self._file, raw, box, values)
+
+    def close(self) -> None:
+        """Bring everything to the disk and let go of the file."""
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
+
+
+def _opened_folder(part: PartFile) -> ChunkWriter:
+    if not os.path.isdir(part.temporary):
+        raise PartitionError(_unreachable(part, "no such folder"))
+    return ChunkWriter(part.temporary)
+
+
+class Sink(ABC):
+    """A volume file or folder in the making; the target stays as it was until `commit`.
 
     One process calls `prepare`, then any number write through `open_part(sink.part)`, and when all of
     them have closed their writers the first calls `commit` or `abort`.  As a context manager it prepares
     at the start and commits at the end, or aborts when an exception passes.
 
     Args:
-        target: where the file will be.
-        image: its layout.
+        target: where it will be, links followed.
+        part: where it is made.
     """
 
-    def __init__(self, target: Path, image: FileImage) -> None:
-        self._target = _checked_target(target)
-        self._image = image
-        temporary = self._target.with_name(f"{self._target.name}.{secrets.token_hex(4)}.part")
-        self.part = PartFile(str(target), str(temporary), image.size, image.arrays)
-        self._packed = temporary.with_name(f"{temporary.name}.packed")
+    def __init__(self, target: Path, part: PartFile) -> None:
+        self._target = target
+        self.part = part
 
     def prepare(self) -> None:
         """Create the temporary file in its full size, with the space reserved and the headers written.
@@ -174,23 +211,18 @@ class Sink:
         Raises:
             ExecutionError: the disk is full or gone; nothing is left behind and an older file stays.
         """
-        temporary = Path(self.part.temporary)
         try:
             with _writing(self.part.target):
-                finished = temporary if self._image.pack is None else self._pack()
-                _flush(finished)
-                finished.replace(self._target)
+                self._finish()
         except BaseException:
             self.abort()
             raise
-        _flush(self._target.parent)
-        temporary.unlink(missing_ok=True)
+        flush(self._target.parent)
+        self.abort()  # what the finished file was made of
 
     def abort(self) -> None:
         """Remove what was written; an older file of the target's name stays.  Harmless when repeated."""
-        for path in (Path(self.part.temporary), self._packed):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        self.part.remove()
 
     def __enter__(self) -> Self:
         self.prepare()
@@ -202,18 +234,56 @@ class Sink:
         else:
             self.abort()
 
+    @property
+    @abstractmethod
+    def _needed(self) -> int:
+        """The most space that is taken before the end, in bytes."""
+
+    @abstractmethod
+    def _create(self) -> None:
+        """Make the temporary file or folder."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Bring it to the disk and give it its name."""
+
     def _check_space(self) -> None:
-        # A packed file stands beside its unpacked image until that is removed, and may be as large.
-        needed = self._image.size * (1 if self._image.pack is None else 2)
         try:
             free = shutil.disk_usage(self._target.parent).free
         except OSError:  # some file systems do not say; reserving the space will tell
             return
-        if needed > free:
+        if self._needed > free:
             raise PartitionError(
-                f"{self.part.target}: needs {readable_size(needed)}, {readable_size(free)} are free; "
+                f"{self.part.target}: needs {readable_size(self._needed)}, {readable_size(free)} are free; "
                 "free some space or choose another folder"
             )
+
+
+class FileSink(Sink):
+    """See `Sink`.
+
+    Args:
+        target: where the file will be.
+        image: its layout.
+    """
+
+    def __init__(self, target: Path, image: FileImage) -> None:
+        real = _checked_target(target)
+        temporary = beside(real)
+        super().__init__(real, PartFile(str(target), str(temporary), image.size, image.arrays))
+        self._image = image
+        self._packed = temporary.with_name(f"{temporary.name}.packed")
+
+    def abort(self) -> None:
+        """See `Sink.abort`."""
+        super().abort()
+        with contextlib.suppress(OSError):
+            self._packed.unlink(missing_ok=True)
+
+    @property
+    def _needed(self) -> int:
+        # A packed file stands beside its unpacked image until that is removed, and may be as large.
+        return self._image.size * (1 if self._image.pack is None else 2)
 
     def _create(self) -> None:
         file = os.open(self.part.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode())
@@ -223,6 +293,11 @@ class Sink:
                 write_range(file, block, offset)
         finally:
             os.close(file)
+
+    def _finish(self) -> None:
+        finished = Path(self.part.temporary) if self._image.pack is None else self._pack()
+        flush(finished)
+        finished.replace(self._target)
 
     def _pack(self) -> Path:
         assert self._image.pack is not None
@@ -257,26 +332,28 @@ def _checked_target(target: Path) -> Path:
         raise PartitionError(f"{target}: is a folder; name a file in it")
     if real.exists() and not real.is_file():
         raise PartitionError(f"{target}: is no regular file and cannot be replaced; choose another path")
+    check_parent(target, real)
+    return real
+
+
+def check_parent(target: Path, real: Path) -> None:
+    """Make sure that the target's folder can be written.
+
+    Raises:
+        PartitionError: it cannot.
+    """
     if not real.parent.is_dir():
         raise PartitionError(f"{target}: the folder {real.parent} does not exist; create it first")
     if not os.access(real.parent, os.W_OK | os.X_OK):
         raise PartitionError(f"{target}: no leave to write in {real.parent}; choose another folder")
-    return real
 
 
-def reserve(file: int, size: int) -> None:
-    """Make the file `size` bytes long, its blocks taken now: no later write finds the disk full."""
-    if not size:
-        return
-    try:
-        os.posix_fallocate(file, 0, size)
-    except (AttributeError, OSError) as error:  # not on every system, not on every file system
-        if isinstance(error, OSError) and error.errno not in _NO_RESERVATION:
-            raise
-        os.ftruncate(file, size)
+def beside(target: Path) -> Path:
+    """A new name in the folder of the target."""
+    return target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Bring a file, or a folder's entries, to the disk."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

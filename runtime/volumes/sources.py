@@ -73,6 +73,10 @@ class _Opened:
     def meta(self) -> Meta | None:
         return self.contents.meta
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        return ()
+
     def close(self) -> None:
         """Let go of the file."""
 

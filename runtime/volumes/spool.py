@@ -22,8 +22,18 @@ import numpy as np
 from partitioner.errors import ExecutionError, PartitionError
 from partitioner.geometry import Interval
 from runtime.volumes.base import Meta, Source, readable_size
-from runtime.volumes.raw import Array, Delivery, DType, Intervals, RawArray, c_order, read_box, relative, write_box
-from runtime.volumes.sinks import reserve
+from runtime.volumes.raw import (
+    Array,
+    Delivery,
+    DType,
+    Intervals,
+    RawArray,
+    c_order,
+    read_box,
+    relative,
+    reserve,
+    write_box,
+)
 from runtime.volumes.sources import ChunkedSource, Contents
 
 _EDGES = {1: 2**18, 2: 512, 3: 64}

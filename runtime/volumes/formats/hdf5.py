@@ -27,7 +27,7 @@ class Hdf5Format:
     """See `VolumeFormat`."""
 
     suffixes = (".h5", ".hdf5")
-    is_folder, has_names = False, True
+    is_folder, has_names, read_only = False, True, ()
 
     def names(self, path: Path) -> tuple[str, ...]:
         """All arrays, those in groups with their path."""

@@ -51,7 +51,7 @@ class NiftiFormat:
     """See `VolumeFormat`."""
 
     suffixes = (_PACKED, ".nii")
-    is_folder, has_names = False, False
+    is_folder, has_names, read_only = False, False, ()
 
     def names(self, path: Path) -> tuple[str, ...]:
         """The volume has no name."""

@@ -28,7 +28,7 @@ class NpyFormat:
     """See `VolumeFormat`."""
 
     suffixes = (".npy",)
-    is_folder, has_names = False, False
+    is_folder, has_names, read_only = False, False, ()
 
     def names(self, path: Path) -> tuple[str, ...]:
         """The array has no name."""

@@ -40,7 +40,7 @@ class NpzFormat:
     """See `VolumeFormat`."""
 
     suffixes = (".npz",)
-    is_folder, has_names = False, True
+    is_folder, has_names, read_only = False, True, ()
 
     def names(self, path: Path) -> tuple[str, ...]:
         """The members, without their ending."""
