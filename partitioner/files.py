@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ Assignments = Sequence[tuple[str | None, str]]
 
 
 def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str, str]:
-    """The file of every input or output; a lone file needs no name, and a .npz or .h5 may hold all.
+    """The file of every input or output; a lone file needs no name, and a .npz, .h5 or .zarr may hold all.
 
     Raises:
         PartitionError: for an unknown or missing name.
@@ -43,7 +44,7 @@ def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str,
             problems.append(f"{what} '{twice}' is given twice, as {found[twice]} and {path}; give one file")
         elif name is not None:
             found[name] = path
-        elif len(names) == 1 or path.lower().endswith((".npz", ".h5", ".hdf5")):
+        elif len(names) == 1 or path.lower().endswith((".npz", ".h5", ".hdf5", ".zarr")):
             found |= dict.fromkeys(free, path)
         else:
             problems.append(f"{what} file {path}: the model has {len(names)} {what}s ({', '.join(names)}); "
@@ -77,6 +78,13 @@ def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> 
     return found
 
 
+def report_notices(sources: Iterable[Source]) -> None:
+    """Say on the standard error, once for all ranks, what a user should know of the files."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        for line in dict.fromkeys(line for source in sources for line in source.notices):
+            sys.stderr.write(f"partition: note: {line}\n")
+
+
 def check_sources(plan: Plan, sources: Mapping[str, Source]) -> None:
     """Hold the files' extents against the plan's.
 
@@ -102,8 +110,8 @@ def make_sinks(plan: Plan, files: Mapping[str, str], like: Source | None) -> tup
     places: dict[str, Any] = {}
     for path in dict.fromkeys(files.values()):
         names = [n for n, p in files.items() if p == path]
-        sinks[path] = create_sink(path, [ArraySpec(n, dialect.shape_of(values[n]), _numpy_type(values[n]))
-                                         for n in names], like)
+        sinks[path] = create_sink(path, [ArraySpec(n, dialect.shape_of(values[n]), _numpy_type(values[n]),
+                                                   _largest_part(plan, values[n])) for n in names], like)
         twice = next((p for p, s in sinks.items() if p != path and _same_file(s, sinks[path])), None)
         if twice is not None:  # arrays of one HDF5 file
             raise PartitionError(f"{path}: is in the same file as {twice}, and each would replace the other; give all "
@@ -111,6 +119,13 @@ def make_sinks(plan: Plan, files: Mapping[str, str], like: Source | None) -> tup
         several = len(names) > 1
         places |= {n: (sinks[path].part.to_json(), n if several else None) for n in names}
     return sinks, places
+
+
+def _largest_part(plan: Plan, value: ir.Value) -> tuple[int, ...]:
+    """Per axis the extent of the largest part that a rank writes."""
+    layout = dialect.get_layout(value)
+    boxes = [layout.box(plan.mesh.coordinates(rank)).intervals() for rank in plan.mesh]
+    return tuple(max(map(len, intervals)) for intervals in zip(*boxes, strict=True))
 
 
 def _same_file(one: Sink, other: Sink) -> bool:
@@ -225,14 +240,14 @@ class FileRun:
 
     def _sources(self, stack: contextlib.ExitStack) -> tuple[dict[str, Source], dict[str, Any]]:
         from runtime.rank import FileRef
-        from runtime.volumes import array_names
+        from runtime.volumes import absolute_place, array_names
 
         dtypes = {str(v.name): v.dtype for v in self.plan.model.graph.inputs if v.dtype is not None}
         sources = open_inputs(self.inputs, dtypes)
         for source in sources.values():
             stack.enter_context(source)
         check_sources(self.plan, sources)
-        refs = {n: FileRef(os.path.abspath(p), n if n in array_names(p) else None) for n, p in self.inputs.items()}
+        refs = {n: FileRef(absolute_place(p), n if n in array_names(p) else None) for n, p in self.inputs.items()}
         return sources, refs
 
 
@@ -248,8 +263,9 @@ def streamed(sources: Mapping[str, Source]) -> frozenset[str]:
 
 
 def _spatial(sources: Mapping[str, Source]) -> Source | None:
-    """The source whose place in the world goes over to the outputs."""
-    return next((s for s in sources.values() if s.meta is not None), None)
+    """The source whose place in the world goes over to the outputs, the first where none has one."""
+    known = tuple(sources.values())
+    return next(iter((*(s for s in known if s.meta is not None), *known)), None)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from partitioner import dialect
 from partitioner.api import Backend, Plan, check_plan
 from partitioner.axes import axis_extents, named_axes
 from partitioner.errors import PartitionError
-from partitioner.files import FileRun, check_sources, name_files, open_inputs
+from partitioner.files import FileRun, check_sources, name_files, open_inputs, report_notices
 from partitioner.loader import load_file
 from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.shapes import spatial_rank
@@ -101,6 +101,7 @@ def prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     dtypes = {name: v.dtype for name, v in values.items() if v.dtype is not None}
     sources = open_inputs(files, dtypes)
     shapes = {name: tuple(source.shape) for name, source in sources.items()}
+    report_notices(sources.values())
     for source in sources.values():
         source.close()
     return load_plan(options, None if dialect.is_plan(model) else shapes), files
