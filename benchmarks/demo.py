@@ -111,7 +111,7 @@ def run_demo(demo: Demo, console: Console) -> int:
         _partition(demo, console, "plan", str(demo.model), "--mesh", demo.shards)
         _partition(demo, console, "compile", str(demo.model), "--mesh", demo.shards, "-o", str(demo.plan))
         files = ("--input", f"{INPUT_NAME}={demo.scan}", "--output", f"{OUTPUT_NAME}={demo.logits}")
-        _partition(demo, console, "run", str(demo.plan), *files, "--backend", "gloo")
+        _partition(demo, console, "run", str(demo.plan), *files, "--backend", "gloo", "--overwrite")
         _partition(demo, console, "verify", str(demo.plan), *files[:2], "--backend", "gloo")
     except _StepFailed as failure:
         return failure.code

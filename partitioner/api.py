@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import onnx_ir as ir
 
 from partitioner import dialect, seal
 from partitioner.axes import named_axes
 from partitioner.compiler import compile_plan, plain_model
+from partitioner.compose import Around, Wrapping, compose
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
 from partitioner.guards import (
@@ -60,6 +61,7 @@ def partition(
     dump_dir: str | Path | None = None,
     strict: bool = False,
     train: bool = False,
+    **around: Unpack[Around],
 ) -> Plan:
     """Partition a model over a mesh of ranks.
 
@@ -72,11 +74,19 @@ def partition(
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators without a sharded rule, which otherwise run replicated on gathered inputs.
         train: export a torch module so that `Plan.module` can train it: batch norms and dropouts stay.
+        around: what becomes part of the graph before it is partitioned: `preprocess=["window=-160:240"]`,
+            `output_ops=["softmax", "argmax"]`, `tta="flips"`, `ensemble=["fold1.onnx"]`; words as in the command.
 
     Raises:
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
     source, found = _source(model, example, train)
+    wrapping = Wrapping.of(around, lambda other: _source(other, example if _is_module(other) else None, train)[0])
+    if wrapping:
+        refuse_all(source_problems(source))
+        source = compose(source, wrapping)
+        open_inputs = {str(v.name) for v in source.graph.inputs if v.shape is None or not v.shape.is_static()}
+        found = {name: shape for name, shape in found.items() if name in open_inputs}
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
     return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict)

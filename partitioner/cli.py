@@ -125,9 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "run a model or plan on files")
     _model_options(run, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     run.add_argument("--input", metavar="[NAME=]FILE", action="append", required=True,
-                     help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr (repeat for several inputs)")
+                     help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr (repeat for several inputs; A,B,... "
+                          "for files that hold the channels of one)")
     run.add_argument("--output", metavar="[NAME=]FILE", action="append", required=True,
                      help="volume to write, in the same formats (repeat for several outputs)")
+    run.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else the run is refused)")
     _backend_options(run)
     verify = _command(commands, "verify", _with_operators(_verify),
                       "compare with onnxruntime on the unpartitioned model")
@@ -165,6 +167,21 @@ def _model_options(parser: argparse.ArgumentParser, metavar: str, text: str) -> 
                         help="refuse operators without a sharded rule (else they run replicated, as the plan shows)")
     parser.add_argument("--operators", metavar="FILE.py|MODULE", action="append", default=[],
                         help="import your own operator classes (see docs/operators.md)")
+    _wrapping_options(parser)
+
+
+def _wrapping_options(parser: argparse.ArgumentParser) -> None:
+    """What is put around the network; all of it becomes part of the graph."""
+    parser.add_argument("--preprocess", metavar="[NAME=]STEP", action="append", default=[],
+                        help="a step before the network, in the order given: window=-160:240, clip=LOW:HIGH, "
+                             "normalize=MEAN:DEVIATION, zscore, zscore=nonzero, dtype=int16, axes=zyx (repeat)")
+    parser.add_argument("--channels", metavar="[NAME=]COUNT", action="append", default=[],
+                        help="an input's channels come from COUNT files (run and verify see it from --input A,B,...)")
+    parser.add_argument("--tta", metavar="flips[=AXIS,...]", help="the mean over all flips of the volume")
+    parser.add_argument("--ensemble", metavar="MODEL", action="append", default=[],
+                        help="the mean with another model of the same inputs and outputs (repeat)")
+    parser.add_argument("--output-op", metavar="[NAME=]OP", action="append", default=[],
+                        help="an operation on an output: softmax, sigmoid, argmax, threshold=0.5 (repeat)")
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:

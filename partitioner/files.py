@@ -55,6 +55,59 @@ def name_files(given: Assignments, names: Sequence[str], what: str) -> dict[str,
     return {name: first.setdefault(os.path.realpath(path), path) for name, path in found.items()}  # one spelling each
 
 
+def split_paths(text: str) -> list[str]:
+    """`a.nii.gz,b.nii.gz` as paths; a file whose name has a comma stays one."""
+    return [text] if "," not in text or os.path.exists(text) else text.split(",")
+
+
+def channels_of(paths: Sequence[str], name: str, axis: int) -> tuple[int, ...]:
+    """Channels of the files that fill an input together.
+
+    Raises:
+        PartitionError: when a file cannot be read, or they have different extents.
+    """
+    from runtime.volumes import open_source
+
+    shapes: list[tuple[int, ...]] = []
+    for path in paths:
+        if not path:
+            raise PartitionError(f"input '{name}': names no file in {','.join(paths)}; write A,B,...")
+        with open_source(path) as source:
+            shapes.append(tuple(source.shape))
+    plain = [tuple(n for a, n in enumerate(shape) if a != axis) for shape in shapes]
+    refuse_all([
+        f"{path}: has extents {'x'.join(map(str, shape))}, {paths[0]} has {'x'.join(map(str, shapes[0]))}; all files "
+        f"of input '{name}' must have the same"
+        for path, shape, rest in zip(paths, shapes, plain, strict=True) if rest != plain[0]])
+    return tuple(shape[axis] if axis < len(shape) else 1 for shape in shapes)
+
+
+def check_targets(inputs: Mapping[str, str], outputs: Mapping[str, str], overwrite: bool) -> None:
+    """Keep what is there: no output is an input's file, and none exists unless it may be replaced.
+
+    Raises:
+        PartitionError: otherwise.
+    """
+    sources = [path for path in map(file_of, inputs.values()) if os.path.exists(path)]
+    problems: list[str] = []
+    for given in dict.fromkeys(outputs.values()):
+        path = file_of(given)
+        if not os.path.exists(path):
+            continue
+        same = next((source for source in sources if os.path.samefile(source, path)), None)
+        if same is not None:
+            problems.append(f"{given}: is the input {same} as well; name another output")
+        elif not overwrite and (os.path.isfile(path) or os.path.splitext(path)[1].lower() == ".zarr"):
+            problems.append(f"{given}: exists; add --overwrite to replace it, or name another output")
+    refuse_all(problems)
+
+
+def file_of(path: str) -> str:
+    """The file of `scan.h5:/labels`; other paths as they are."""
+    file, inside, _ = path.partition(":/")
+    return file if inside and not os.path.exists(path) else path
+
+
 def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> dict[str, Source]:
     """Open the file of every input, its values delivered in the input's type.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,28 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.api import Backend, Plan, check_plan
 from partitioner.axes import axis_extents, named_axes
+from partitioner.compose import Wrapping, compose, equal_counts, input_channel_axis, part_names
 from partitioner.errors import PartitionError
-from partitioner.files import FileRun, check_sources, name_files, open_inputs, report_notices
+from partitioner.files import (
+    FileRun,
+    channels_of,
+    check_sources,
+    check_targets,
+    name_files,
+    open_inputs,
+    report_notices,
+    split_paths,
+)
 from partitioner.loader import load_file
 from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.shapes import spatial_rank
 
+WORDS = ("preprocess", "channels", "tta", "ensemble", "output_op")
+"""The options that put something around the network."""
 
-def _shapes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+
+def _shapes(options: argparse.Namespace, asked: Asked) -> dict[str, tuple[int, ...]]:
+    names = [*(n for n in asked.channels), *(n for n in asked.names if n.rpartition("/")[0] not in asked.channels)]
     found: dict[str, tuple[int, ...]] = {}
     for text in options.shape:
         name, _, extents = text.rpartition("=")
@@ -32,7 +47,19 @@ def _shapes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, tupl
             found[name or names[0]] = tuple(int(n) for n in extents.lower().split("x"))
         except ValueError:
             raise PartitionError(f"--shape {text}: extents are integers joined by x, as 1x1x64x64x64") from None
-    return found
+    return dict(_of_parts(found, asked))
+
+
+def _of_parts(shapes: Mapping[str, tuple[int, ...]], asked: Asked) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Extents per input; those of an input that several files fill become those of each."""
+    for name, shape in shapes.items():
+        counts = asked.channels.get(name)
+        if counts is None:
+            yield name, shape
+            continue
+        axis = input_channel_axis(asked.model, part_names(name, 1)[0])
+        for part, count in zip(part_names(name, len(counts)), counts, strict=True):
+            yield part, tuple(count if a == axis else n for a, n in enumerate(shape))
 
 
 def _cuts(options: argparse.Namespace, extents: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -51,15 +78,82 @@ def _cuts(options: argparse.Namespace, extents: dict[str, int]) -> dict[str, tup
     return found
 
 
-def load_plan(options: argparse.Namespace, file_shapes: dict[str, tuple[int, ...]] | None = None) -> Plan:
+@dataclass(frozen=True)
+class Asked:
+    """The model that the options ask for, with all that is put around it, or a plan, before it is compiled.
+
+    Args:
+        channels: per input that several files fill, the channels of each.
+    """
+
+    model: ir.Model
+    channels: Mapping[str, Sequence[int]]
+
+    @property
+    def names(self) -> list[str]:
+        """The inputs."""
+        return [str(v.name) for v in self.model.graph.inputs if v.name not in self.model.graph.initializers]
+
+    @property
+    def output_names(self) -> list[str]:
+        """The outputs."""
+        return [str(v.name) for v in self.model.graph.outputs]
+
+    @property
+    def dtypes(self) -> dict[str, ir.DataType]:
+        """Element types of the inputs."""
+        return {str(v.name): v.dtype for v in self.model.graph.inputs if v.dtype is not None}
+
+
+def asked_model(options: argparse.Namespace, base: ir.Model | None = None,
+                channels: Mapping[str, Sequence[int]] | None = None) -> Asked:
+    """Read the model and put around it what the options say.
+
+    Args:
+        base: the model where it has been read already.
+        channels: channels of the files that fill an input together.
+
+    Raises:
+        PartitionError: for a file that is no model, and words that are not understood.
+    """
+    model = load_file(Path(options.model)) if base is None else base
+    words = [f"--{word.replace('_', '-')}" for word in WORDS if getattr(options, word)]
+    if dialect.is_plan(model):
+        if words:
+            raise PartitionError(f"{options.model}: is a plan, into which {words[0]} cannot be put any more; give "
+                                 f"{', '.join(words)} when the model is compiled")
+        return Asked(model, {})
+    if not words and not channels:
+        return Asked(model, {})
+    found = {**dict(_channel_counts(options, model)), **(channels or {})}
+    others = tuple(load_file(Path(path)) for path in options.ensemble)
+    wrapping = Wrapping(tuple(options.preprocess), tuple(options.output_op), options.tta, others, found)
+    return Asked(compose(model, wrapping), found)
+
+
+def _channel_counts(options: argparse.Namespace, model: ir.Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    names = [str(v.name) for v in model.graph.inputs if v.name not in model.graph.initializers]
+    for text in options.channels:
+        name, _, count = text.rpartition("=")
+        if not name and len(names) != 1:
+            raise PartitionError(f"--channels {text}: the model has {len(names)} inputs ({', '.join(names)}); "
+                                 f"write NAME={text}")
+        if not count.isdecimal():
+            raise PartitionError(f"--channels {text}: is not understood; write the number of files, as --channels 4")
+        yield name or names[0], equal_counts(model, name or names[0], int(count))
+
+
+def load_plan(options: argparse.Namespace, asked: Asked | None = None,
+              file_shapes: dict[str, tuple[int, ...]] | None = None) -> Plan:
     """The plan that the options ask for: read from a file, or compiled now."""
-    model = load_file(Path(options.model))
-    values = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    given = _shapes(options, [str(v.name) for v in values])
+    asked = asked_model(options) if asked is None else asked
+    model = asked.model
+    given = _shapes(options, asked)
     if dialect.is_plan(model):
         return _checked_plan(model, options, given)
     shapes = {**(file_shapes or {}), **given}
-    known = {str(v.name): dialect.shape_of(v) for v in values if v.shape is not None and v.shape.is_static()}
+    known = {str(v.name): dialect.shape_of(v) for v in model.graph.inputs if v.name in asked.names
+             and v.shape is not None and v.shape.is_static()}
     cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
     return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict)
@@ -93,25 +187,72 @@ def _assignments(given: Sequence[str], names: Sequence[str]) -> list[tuple[str |
     return found
 
 
-def prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
-    """The plan and its input files; open axes take their extents from the files."""
-    model = load_file(Path(options.model))
-    values = {str(v.name): v for v in model.graph.inputs if v.name not in model.graph.initializers}
-    files = name_files(_assignments(options.input, list(values)), list(values), "input")
-    dtypes = {name: v.dtype for name, v in values.items() if v.dtype is not None}
-    sources = open_inputs(files, dtypes)
+def _expanded(given: Sequence[tuple[str | None, str]], asked: Asked) -> tuple[
+        list[tuple[str | None, str]], dict[str, list[str]]]:
+    """Lists of files as a file for each part of an input, and the lists by the input's name."""
+    heads = _heads(asked)
+    found: list[tuple[str | None, str]] = []
+    lists: dict[str, list[str]] = {}
+    for name, text in given:
+        paths = split_paths(text)
+        head = name if name is not None or len(heads) != 1 else heads[0]
+        if len(paths) == 1 or head is None:
+            found.append((name, text))
+            continue
+        found += zip(part_names(head, len(paths)), paths, strict=True)
+        lists[head] = paths
+    return found, lists
+
+
+def _heads(asked: Asked) -> list[str]:
+    """The inputs, those that several files fill by one name."""
+    if not dialect.is_plan(asked.model):
+        return asked.names
+    found = [name if not name.rpartition("/")[2].isdecimal() else name.rpartition("/")[0] for name in asked.names]
+    return list(dict.fromkeys(found))
+
+
+def asked_files(options: argparse.Namespace) -> tuple[Asked, dict[str, str], dict[str, tuple[int, ...]]]:
+    """The model, the file of every input, and the extents of the files."""
+    base = load_file(Path(options.model))
+    plain = Asked(base, {})
+    given, lists = _expanded(_assignments(options.input, list(dict.fromkeys([*plain.names, *_heads(plain)]))), plain)
+    if dialect.is_plan(base):
+        asked = asked_model(options, base)
+        single = next((head for head, paths in lists.items() if part_names(head, len(paths))[-1] not in asked.names
+                       or part_names(head, len(paths) + 1)[-1] in asked.names), None)
+        if single is not None:
+            raise PartitionError(f"{options.model}: is a plan that does not take {len(lists[single])} files for input "
+                                 f"'{single}'; compile the model with --channels {single}={len(lists[single])}")
+    else:
+        unknown = next((head for head in lists if head not in plain.names), None)
+        if unknown is not None:
+            raise PartitionError(f"input '{unknown}' is unknown; the model has {', '.join(plain.names)}")
+        channels = {head: channels_of(paths, head, input_channel_axis(base, head)) for head, paths in lists.items()}
+        asked = asked_model(options, base, channels)
+        given = [pair if pair[0] is not None else next(
+            iter(_assignments([pair[1]], asked.names))) for pair in given]
+    files = name_files(given, asked.names, "input")
+    sources = open_inputs(files, asked.dtypes)
     shapes = {name: tuple(source.shape) for name, source in sources.items()}
     report_notices(sources.values())
     for source in sources.values():
         source.close()
-    return load_plan(options, None if dialect.is_plan(model) else shapes), files
+    return asked, files, shapes
+
+
+def prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
+    """The plan and its input files; open axes take their extents from the files."""
+    asked, files, shapes = asked_files(options)
+    return load_plan(options, asked, None if dialect.is_plan(asked.model) else shapes), files
 
 
 def file_run(options: argparse.Namespace, backend: Backend) -> FileRun:
     """The run from files to files that the options ask for."""
-    plan, inputs = prepare_files(options)
-    names = [str(v.name) for v in plan.model.graph.outputs]
-    outputs = name_files(_assignments(options.output, names), names, "output")
+    asked, inputs, shapes = asked_files(options)
+    outputs = name_files(_assignments(options.output, asked.output_names), asked.output_names, "output")
+    check_targets(inputs, outputs, options.overwrite)
+    plan = load_plan(options, asked, None if dialect.is_plan(asked.model) else shapes)
     return FileRun(plan, inputs, outputs, backend, options.device)
 
 

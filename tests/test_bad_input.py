@@ -679,7 +679,7 @@ def test_a_signal_ends_in_good_order(conv: Path, number: int, code: int, says: s
     (conv.parent / "y.npy").write_bytes(b"old")
     before = signal.getsignal(number)
     found = run_here("run", conv, "--mesh", "depth=2", "--input", conv.parent / "x.npy", "--output",
-                     conv.parent / "y.npy")
+                     conv.parent / "y.npy", "--overwrite")
     assert (found.code, found.err) == (code, f"partition: {says}; no output was written\n")
     assert len(seen) == 1 and any(name.endswith(".part") for name in seen[0])
     assert sorted(os.listdir(conv.parent)) == ["conv.onnx", "x.npy", "y.npy"]

@@ -231,15 +231,27 @@ def test_a_plan_and_its_model_give_the_same_bits(folder: Path) -> None:
 def test_a_run_replaces_an_older_file(folder: Path) -> None:
     Path("y.npy").write_bytes(b"old")
     os.chmod("y.npy", 0o640)
-    succeeds("run", "unet.onnx", "--input", "x.npy", "--output", "y.npy")
+    succeeds("run", "unet.onnx", "--input", "x.npy", "--output", "y.npy", "--overwrite")
     assert close(np.load("y.npy"), expected(np.load("x.npy"))) and os.stat("y.npy").st_mode & 0o777 == 0o640
 
 
-def test_an_output_may_replace_its_input(folder: Path) -> None:
-    onnx.save(model([onnx.helper.make_node("Neg", ["x"], ["y"])], [value("x", VOLUME)], [value("y", VOLUME)]), "m.onnx")
-    before = np.load("x.npy")
-    succeeds("run", "m.onnx", "--mesh", "depth=2", "--input", "x.npy", "--output", "x.npy")
-    assert np.array_equal(np.load("x.npy"), -before)
+def test_an_older_file_is_kept(folder: Path) -> None:
+    Path("y.npy").write_bytes(b"old")
+    Path("link.npy").symlink_to("y.npy")
+    for target in ("y.npy", "link.npy"):
+        says = refused("run", "unet.onnx", "--input", "x.npy", "--output", target)
+        assert says == f"partition: {target}: exists; add --overwrite to replace it, or name another output\n"
+    assert Path("y.npy").read_bytes() == b"old"
+
+
+def test_an_input_is_never_replaced(folder: Path) -> None:
+    Path("link.npy").symlink_to("x.npy")
+    Path("hard.npy").hardlink_to("x.npy")
+    before = Path("x.npy").read_bytes()
+    for target in ("x.npy", "link.npy", "hard.npy"):
+        says = refused("run", "unet.onnx", "--input", "x.npy", "--output", target, "--overwrite")
+        assert says == f"partition: {target}: is the input x.npy as well; name another output\n"
+    assert Path("x.npy").read_bytes() == before
 
 
 # --- verify ------------------------------------------------------------------------------------------
@@ -349,7 +361,7 @@ def test_progress_on_a_terminal(folder: Path, backend: str) -> None:
 def test_no_progress_where_nobody_looks(folder: Path) -> None:
     done = run_apart("run", "unet.onnx", "--mesh", "depth=2", "--input", "x.npy", "--output", "y.npy", cwd=folder)
     assert done.code == 0 and done.err == "" and "\x1b" not in done.out
-    code, out, shown = on_terminal(folder, "run", "unet.onnx", "--input", "x.npy", "--output", "y.npy", "--json")
+    code, out, shown = on_terminal(folder, "run", "unet.onnx", "--input", "x.npy", "--output", "z.npy", "--json")
     assert code == 0 and shown == "" and json.loads(out)["mesh"] == {}
 
 

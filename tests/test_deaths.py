@@ -186,7 +186,7 @@ def disturb(folder: Path, number: int, whom: str, scratch: Path) -> tuple[Result
     """Signal a running command, or one of its ranks, as soon as it has something half done."""
     (folder / "y.npy").write_bytes(b"old")
     process = start("run", "m.onnx", "--mesh", "depth=3", "--backend", "gloo", "--input", "x.npy", "--output", "y.npy",
-                    cwd=folder)
+                    "--overwrite", cwd=folder)
     try:
         wait_for(lambda: list(folder.glob("y.npy.*.part")) or process.poll() is not None)
         time.sleep(0.3)

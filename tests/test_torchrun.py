@@ -208,7 +208,7 @@ def rank_of(process: psutil.Process) -> str | None:
 def test_deaths_in_the_middle(long_run: Path, victim: str, number: int) -> None:
     """All ranks end within 30 s, the exit code is 1, the older output stays and nothing is left behind."""
     (long_run / "y.npy").write_bytes(b"old")
-    process = launch(long_run, one_host(3), ["run", "m.onnx", "--mesh", "depth=3", *RUN])
+    process = launch(long_run, one_host(3), ["run", "m.onnx", "--mesh", "depth=3", *RUN, "--overwrite"])
     try:
         wait_for(lambda: list(long_run.glob("y.npy.*.part")) or process.poll() is not None)
         time.sleep(0.3)
