@@ -296,13 +296,17 @@ def _report_run(options: argparse.Namespace, job: FileRun, report: RunReport) ->
     from partitioner.report import size_text
 
     cost = job.plan.cost
+    for name, count in report.not_finite.items():
+        said = ("1 voxel is", "it spreads") if count == 1 else (f"{count} voxels are", "they spread")
+        sys.stderr.write(f"partition: note: {job.inputs[name]}: {said[0]} NaN or infinite; {said[1]} as the network "
+                         "has it\n")
     if options.json:
         _print_json({
             "outputs": dict(job.outputs), "backend": job.backend, "mesh": dict(job.plan.mesh.axes),
             "seconds": report.seconds, "peak_bytes": report.peak_bytes,
             "predicted_peak_bytes": cost.peak_together if job.backend == "lockstep" else int(cost.peak.max(initial=0)),
             "predicted_sent_bytes": [int(n) for n in cost.sent.reshape(-1)],
-            "ranks": [vars_of(r) for r in report.ranks]})
+            "not_finite": report.not_finite, "ranks": [vars_of(r) for r in report.ranks]})
         return
     sent = sum(r.sent_bytes for r in report.ranks)
     _say(f"wrote {', '.join(dict.fromkeys(job.outputs.values()))} in {report.seconds:.2f} s; "

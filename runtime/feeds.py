@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from partitioner.geometry import Box, Interval
+from runtime.census import count_once
 from runtime.volumes import Source, Writer
 
 
@@ -70,12 +71,21 @@ class ArrayDrain:
 
 @dataclass(frozen=True)
 class FileFeed:
-    """Inputs from files: each portion is read by itself, or one pass over the file fills them all."""
+    """Inputs from files: each portion is read by itself, or one pass over the file fills them all.
+
+    Args:
+        not_finite: per input, how many of its cells are NaN or infinite; filled while loading.
+    """
 
     sources: Mapping[str, Source]
+    not_finite: dict[str, int] = field(default_factory=dict[str, int])
 
     def load(self, name: str, portions: Sequence[Portion]) -> None:
         """See `Feed`."""
+        self._fill(name, portions)
+        self.not_finite[name] = count_once((portion.box, portion.tensor) for portion in portions)
+
+    def _fill(self, name: str, portions: Sequence[Portion]) -> None:
         source = self.sources[name]
         if source.random_access:
             for portion in portions:

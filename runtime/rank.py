@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import onnx_ir as ir
@@ -78,6 +78,8 @@ class RankReport:
         sent_bytes, messages: payload counted at the transport.
         peak_bytes: most memory above what was in use before the run.
         seconds: wall time of the steps.
+        not_finite: per input file, cells of this rank's part that are NaN or infinite; those of a part that several
+            ranks hold are counted by the first.
     """
 
     rank: int
@@ -85,6 +87,7 @@ class RankReport:
     messages: int
     peak_bytes: int
     seconds: float
+    not_finite: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class RankRunner:
@@ -101,6 +104,7 @@ class RankRunner:
         mesh = dialect.get_mesh(model)
         self._boxes: dict[str, Sequence[Box]] = {
             str(v.name): [dialect.get_layout(v).box(mesh.coordinates(r)) for r in mesh] for v in model.graph.inputs}
+        self._counted = frozenset(n for n, boxes in self._boxes.items() if boxes.index(boxes[place.rank]) == place.rank)
 
     def run(self, files: RunFiles, progress: Progress | None = None) -> RankReport:
         """Run once over files.
@@ -115,13 +119,15 @@ class RankRunner:
             before = dict(self._transport.traffic.sent), dict(self._transport.traffic.messages)
             start = time.perf_counter()
             with PeakMemory(self.device) as memory:
-                self._executor.run(SharedFeed(sources, boxes), FileDrain(writers), progress)
+                feed = SharedFeed(sources, boxes, self._counted)
+                self._executor.run(feed, FileDrain(writers), progress)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
         rank, traffic = self.place.rank, self._transport.traffic
         return RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
-                          traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds)
+                          traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds,
+                          feed.not_finite)
 
     def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[Sources, Writers]:
         """Open everything, or tell all ranks that it cannot be."""

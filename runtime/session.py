@@ -46,6 +46,13 @@ class RunReport:
     seconds: float
     peak_bytes: int
 
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """Per input file that has any, how many of its cells are NaN or infinite."""
+        names = dict.fromkeys(name for rank in self.ranks for name in rank.not_finite)
+        found = {name: sum(rank.not_finite.get(name, 0) for rank in self.ranks) for name in names}
+        return {name: count for name, count in found.items() if count}
+
 
 class Runner(Protocol):
     """Runs one plan on arrays or on files."""
@@ -128,7 +135,8 @@ class LockstepRunner:
         seconds = time.perf_counter() - start
         ranks = tuple(
             RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
-                       traffic.messages.get(rank, 0) - before[1].get(rank, 0), 0, seconds)
+                       traffic.messages.get(rank, 0) - before[1].get(rank, 0), 0, seconds,
+                       feed.not_finite if rank == 0 and isinstance(feed, FileFeed) else {})
             for rank in self.transport.ranks)
         self.report = RunReport(ranks, seconds, memory.rise)
 
