@@ -38,7 +38,7 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
                       purpose: Purpose = "inference") -> Pipeline:
     """The passes that make a plan, in order."""
     return Pipeline((
-        Canonicalize(shapes, strict, fold_norms=purpose == "inference"),
+        Canonicalize(shapes, strict, fold_norms=purpose == "inference", mesh=mesh),
         *((PrepareTraining(),) if purpose == "training" else ()),
         AssignShards(mesh, cuts),
         InsertReshards(),

@@ -20,11 +20,13 @@ import onnx_ir.passes.common as library
 
 from partitioner import dialect
 from partitioner.errors import ShapeError, refuse_all
+from partitioner.mesh import Mesh
 from partitioner.ops.base import NothingLeft, Unsupported, WrongExtents
 from partitioner.ops.dtypes import disagreeing
 from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.opaque import Opaque
 from partitioner.ops.weights import weight_nodes
+from passes.apart import keep_apart
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.contrib import rewrite_contrib
@@ -48,6 +50,7 @@ class Canonicalize(Pass):
         strict: refuse what has no sharded rule instead of running it replicated.
         fold_norms: let a convolution's weights take up the batch norm, factors and summands after it; not for
             training, which needs them apart.
+        mesh: the axes that it splits are not merged behind others.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -56,6 +59,7 @@ class Canonicalize(Pass):
     shapes: Shapes = field(default_factory=dict[str, Sequence[int]])
     strict: bool = False
     fold_norms: bool = True
+    mesh: Mesh | None = None
 
     def apply(self, model: ir.Model) -> None:
         weights = frozenset[str]() if self.fold_norms else frozenset(map(str, model.graph.initializers))
@@ -68,6 +72,9 @@ class Canonicalize(Pass):
         recognise(model, self.fold_norms)
         _drop_copies(model, ("Identity", "Dropout") if self.fold_norms else ("Identity",))
         _spell_out(model)
+        library.RemoveUnusedNodesPass()(model)
+        if self.mesh is not None:
+            keep_apart(model, self.mesh, not self.fold_norms)
         library.RemoveUnusedNodesPass()(model)
         _name_nodes(model.graph)
         _name_results(model.graph)

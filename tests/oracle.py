@@ -118,8 +118,8 @@ def pipeline(mesh: Mesh, cuts: Cuts | None = None, shapes: Mapping[str, Sequence
              storage: Storage = "channels_last") -> Pipeline:
     """All passes."""
     chosen = {name: tuple(positions) for name, positions in (cuts or {}).items()}
-    return Pipeline((Canonicalize(shapes or {}), AssignShards(mesh, chosen), InsertReshards(), SplitReductions(),
-                     InsertHaloExchanges(), MergeExchanges(), Schedule(storage)))
+    return Pipeline((Canonicalize(shapes or {}, mesh=mesh), AssignShards(mesh, chosen), InsertReshards(),
+                     SplitReductions(), InsertHaloExchanges(), MergeExchanges(), Schedule(storage)))
 
 
 def compile_plan(model: onnx.ModelProto, mesh: str | Mesh | None, cuts: Cuts | None = None,
