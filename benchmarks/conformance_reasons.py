@@ -8,7 +8,7 @@ from dataclasses import dataclass
 NEEDS_CONSTANTS = re.compile(r"depends? on the data|not known beforehand|constant|without cells|cannot hold")
 """What a refusal says when an input may have to be a constant."""
 
-ABOUT_CONSTANTS = re.compile(r"does not depend on any input|its constant inputs .* cannot be computed")
+ABOUT_CONSTANTS = re.compile(r"has no inputs|its constant inputs .* cannot be computed")
 """What is said of a graph that constants alone decide: no reason against the operator."""
 
 _NO_RULE = "this operator has no rule"
@@ -55,8 +55,7 @@ REASONS = (
            r"it quantises to \w+,"),
     Reason("no cells", "an input or the result has an axis of extent 0, which no rank could hold a part of",
            r"axis without cells|leaves nothing of extents"),
-    Reason("constant result", "constants and extents alone decide the result: there is nothing to partition",
-           r"does not depend on any input"),
+    Reason("constant result", "constants alone decide the result: there is nothing to partition", "has no inputs"),
     Reason("other domain", "the node is of another domain than the standard operators'",
            r"names no opset of the standard operators|domain '[\w.]*' is unknown|" + _no_rule(r"\w+(\.\w+)+")),
     Reason(DATA, "the data break the operator's definition: unpooling indices that no pool with these windows yields",

@@ -269,17 +269,20 @@ def _round_constants(graph: ir.Graph, node: ir.Node) -> None:
 
 def _settle_rest(model: ir.Model, folder: Folder) -> list[Problem]:
     """Values that constants decide and that leave the graph."""
+    if not model.graph.inputs:
+        return [Problem("the model has no inputs, constants decide its outputs: there is nothing to partition")]
     try:
         folder.settle([v for v in model.graph.outputs])
     except Unsupported as error:
         return [Problem(str(error))]
-    return [Problem(f"output '{v.name}' does not depend on any input; remove it from the model")
-            for v in model.graph.outputs if v.const_value is not None]
+    return []
 
 
 def _keep_used_constants(model: ir.Model) -> None:
     """Replace folded values by initialisers and remove the nodes that made them."""
-    graph = model.graph
+    graph, namer = model.graph, Namer(model.graph)
+    for value in dict.fromkeys(v for v in graph.outputs if v.const_value is not None):
+        _give_out(graph, value, namer)
     for node in reversed(list(graph)):
         if not all(v.const_value is not None or not v.uses() for v in node.outputs):
             continue
@@ -297,6 +300,26 @@ def _keep_used_constants(model: ir.Model) -> None:
     used = {v for n in graph for v in n.inputs if v is not None}
     for name in [n for n, v in graph.initializers.items() if v not in used and not v.is_graph_output()]:
         del graph.initializers[name]
+
+
+def _give_out(graph: ir.Graph, value: ir.Value, namer: Namer) -> None:
+    """Let a node yield a constant that leaves the graph, under its name."""
+    assert value.const_value is not None
+    name = str(value.name)
+    tensor = ir.tensor(value.const_value.numpy(), value.dtype, name=namer(f"{name}/constant"))
+    constant = ir.Value(name=tensor.name, shape=value.shape, type=value.type, const_value=tensor,
+                        metadata_props=value.metadata_props)
+    node = ir.Node("", "Identity", [constant], outputs=[ir.Value(name=name, shape=value.shape, type=value.type)])
+    graph.append(node)
+    for index in [i for i, v in enumerate(graph.outputs) if v is value]:
+        graph.outputs[index] = node.outputs[0]
+    value.replace_all_uses_with(constant)
+    if value.producer() is None:
+        dialect.set_source(constant, dialect.get_source(value))
+        del graph.initializers[name]
+    else:
+        value.name = namer(f"{name}/folded")
+    graph.register_initializer(constant)
 
 
 def _spell_out(model: ir.Model) -> None:
