@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from partitioner.ops.base import Call, Example, Needs, NodeView, Operator, Unsupported, aligned
+from partitioner.ops.kernels.gelu import gelu
 from partitioner.ops.registry import register
 
 if TYPE_CHECKING:
     import torch
-    import torch.nn.functional as functional
 else:
-    from partitioner.lazy import functional, torch
+    from partitioner.lazy import torch
 
 _KERNELS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "Gelu": lambda x, alpha: functional.gelu(x),
-    "BiasGelu": lambda x, alpha: functional.gelu(x),
-    "FastGelu": lambda x, alpha: functional.gelu(x, approximate="tanh"),
+    "Gelu": lambda x, alpha: gelu(x),
+    "BiasGelu": lambda x, alpha: gelu(x),
+    "FastGelu": lambda x, alpha: gelu(x, "tanh"),
     "QuickGelu": lambda x, alpha: x * torch.sigmoid(x * alpha),
 }
 

@@ -23,6 +23,7 @@ from partitioner.ops.base import (
     aligned,
 )
 from partitioner.ops.dtypes import is_known, torch_dtype
+from partitioner.ops.kernels.gelu import gelu
 from partitioner.ops.kernels.unsigned import compute, shifted
 from partitioner.ops.registry import register
 
@@ -91,7 +92,7 @@ def _shrink(a: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _gelu(a: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
-    return functional.gelu(xs[0], approximate=str(a.get("approximate", "none")))
+    return gelu(xs[0], str(a.get("approximate", "none")))
 
 
 def _hard_sigmoid(a: Attributes, xs: list[torch.Tensor]) -> torch.Tensor:
