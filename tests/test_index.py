@@ -70,6 +70,27 @@ def test_constant_vectors_need_the_cells_that_they_name() -> None:
         assert np.array_equal(run_ort(expanded(plan), {"x": x})["y"], run_ort(model, {"x": x})["y"])
 
 
+ROWS = np.array([8, 0, 0, 3, -2, 4, 5, 6, 7, 8, 1])
+
+
+@pytest.mark.parametrize(("rows", "local"), [
+    (ROWS, True), (np.arange(8, -1, -1), True), (np.arange(9) - 9, True),
+    (np.stack([ROWS, np.roll(ROWS, 1)], 1), False)])
+def test_elements_by_constant_rows(rows: Array, local: bool) -> None:
+    """Rows that are the same for every channel and column need no gather; others do."""
+    x = data(2, 3, 9, 4)
+    index = np.ascontiguousarray(np.broadcast_to(np.resize(rows.T, (4, len(rows))).T, (2, 2, len(rows), 4)))
+    node = helper.make_node("GatherElements", ["x", "rows"], ["y"], "rows", axis=2)
+    model = one_graph([node], {"x": x}, {"rows": index}, {"y": (TensorProto.FLOAT, index.shape)}, 13)
+    expected = run_ort(model, {"x": x})["y"]
+    for mesh, cuts in (("height=2", {}), ("height=3,width=2", {"height": (0, 1, 1, 9)}), ("batch=2,width=2", {})):
+        plan = compile_plan(model, mesh, cuts)
+        gathered = any(node.op_type == dialect.RESHARD for node in plan.graph)
+        assert gathered == (not local and "height" in mesh), mesh
+        assert np.array_equal(run_lockstep(plan, {"x": x}).outputs["y"], expected)
+        assert np.array_equal(run_ort(expanded(plan), {"x": x})["y"], expected)
+
+
 def test_patches_by_tables_of_rows_and_columns() -> None:
     """Unfolding as torch's exporters write it: tables of (tap, place) for each axis; the places stay in shards."""
     x, rows = data(1, 2, 9, 8), np.arange(7) + np.arange(3)[:, None]

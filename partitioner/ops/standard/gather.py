@@ -160,6 +160,7 @@ class Gather(Operator):
 class GatherElements(Operator):
     """Cells chosen along one axis, with an index of their own for every cell of the output.
 
+    Constant indices that do not vary along the other axes need only the cells that they name; others the axis whole.
     Source: ONNX GatherElements (11, 13).
     """
 
@@ -169,9 +170,12 @@ class GatherElements(Operator):
         Example("GatherElements", ((2, 3, 9), (2, 3, 11)), {"axis": -1}, opset=11, dtype=ir.DataType.INT32),
         Example("GatherElements", ((9, 5), (4, 3)), dtype=ir.DataType.INT64),
         Example("GatherElements", ((2, 1, 5, 3), np.array([[[[4, -1, 0]], ], [[[-5, 2, 3]]]], np.int64)), {"axis": 2}),
+        Example("GatherElements", ((2, 2, 9), np.tile(np.arange(8, -2, -1), (2, 2, 1))), {"axis": 2}),
+        Example("GatherElements", ((1, 3, 7, 4), np.tile(np.array([[5], [-7], [2]]), (1, 2, 1, 4))), {"axis": -2}),
     )
 
     axis: int
+    cells: tuple[int, ...] | None
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -181,22 +185,52 @@ class GatherElements(Operator):
             m <= n or a == axis for a, (m, n) in enumerate(zip(index.shape, data.shape, strict=True)))
         if not fits:
             raise Unsupported(f"indices of {list(index.shape)} on extents {list(data.shape)}; correct the file")
-        return cls(view.inputs, (TensorType(index.shape, data.dtype),), axis)
+        known = known_indices(view, 1, data.shape[axis])
+        return cls(view.inputs, (TensorType(index.shape, data.dtype),), axis,
+                   None if known is None else _agreed(known, axis))
 
     def needs(self, output: int = 0) -> Needs:
         data, out = self.inputs[0], self.outputs[0].shape
         assert data is not None
-        own = tuple(Need(None, Whole(n, 1)) if a == self.axis else Need(a, Shift(n, out[a], 0))
-                    for a, n in enumerate(data.shape))
-        return (own, tuple(Need(a, identity(n)) for a, n in enumerate(out)))
+        own = [Need(a, Shift(n, out[a], 0)) for a, n in enumerate(data.shape)]
+        if self.cells is None:
+            own[self.axis] = Need(None, Whole(data.shape[self.axis], 1))
+            return (tuple(own), tuple(Need(a, identity(n)) for a, n in enumerate(out)))
+        rows = tuple((cell,) for cell in self.cells)
+        own[self.axis] = Need(self.axis, Taps(data.shape[self.axis], len(rows), rows))
+        return (tuple(own), None)
+
+    def _positions(self, box: Box, out: Box) -> Array:
+        """The known indices of the output's cells, by their places in the local tensor."""
+        wanted = out.intervals()[self.axis]
+        return _places(box.axes[self.axis])[np.asarray(self.cells, np.int64)[wanted.start : wanted.stop]]
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
+        if self.cells is not None:
+            places = torch.from_numpy(self._positions(call.box(0), call.outs[0])).to(x.device)
+            return (moved(lambda cells: cells.index_select(self.axis, places), x),)
         index = from_front(call.tensor(1), x.shape[self.axis])
         return (moved(lambda cells: cells.gather(self.axis, index), x),)
 
+    def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
+             outs: Sequence[Box]) -> tuple[str, ...]:
+        if self.cells is None:
+            return emitter.same(names, 1)
+        assert boxes[0] is not None
+        index = emitter.constant(self._positions(boxes[0], outs[0]))
+        return (emitter.op("Gather", [names[0], index], {"axis": self.axis}),)
+
     def flops(self, out: float) -> float:
         return 0.0
+
+
+def _agreed(cells: Array, axis: int) -> tuple[int, ...] | None:
+    """The indices along an axis where they are the same for all cells beside it."""
+    if not cells.size:
+        return None
+    line = cells[tuple(slice(None) if a == axis else slice(0, 1) for a in range(cells.ndim))]
+    return tuple(int(i) for i in line.reshape(-1)) if (cells == line).all() else None
 
 
 def flat_index(index: torch.Tensor, extents: Sequence[int]) -> torch.Tensor:
