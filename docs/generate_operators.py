@@ -22,7 +22,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.conformance_cases import load_cases, operator_under_test
 from partitioner import dialect
 from partitioner.loader import MINIMUM_OPSET
-from partitioner.maps import Flat, Identity, Prefix, Shift, Suffix, Taps, TransposedWindow, Whole, WholeAligned, Window
+from partitioner.maps import (
+    Flat,
+    Identity,
+    Prefix,
+    Rows,
+    Shift,
+    Suffix,
+    Taps,
+    TransposedWindow,
+    Whole,
+    WholeAligned,
+    Window,
+)
 from partitioner.ops import Need, NodeView, Operator, TensorType, registered
 from tests.examples import Case, examples
 from tests.test_conformance import WEIGHTED, layouts
@@ -35,7 +47,7 @@ NEWEST_OPSET = 24
 """The newest opset of the oldest onnx package that is supported; a newer package gives the same page."""
 
 KINDS = {Identity: "same cell", Shift: "shift", Window: "window", TransposedWindow: "transposed window",
-         Flat: "flat", Taps: "taps", Prefix: "all before", Suffix: "all after", Whole: "whole",
+         Flat: "flat", Rows: "rows", Taps: "taps", Prefix: "all before", Suffix: "all after", Whole: "whole",
          WholeAligned: "statistics"}
 SAME = KINDS[Identity]
 WHOLE = {KINDS[Whole], KINDS[WholeAligned]}

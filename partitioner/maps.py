@@ -199,6 +199,24 @@ class Flat(AxisMap):
 
 
 @dataclass(frozen=True)
+class Rows(AxisMap):
+    """An axis that holds flattened rows of `inner` cells each; `rows` says which rows are needed."""
+
+    rows: AxisMap
+    inner: int
+
+    def _needed(self, out: Interval) -> Pieces:
+        return pieces(Interval(i.start * self.inner, i.stop * self.inner) for i in self.rows.needed(out))
+
+    def _follow(self, cut: int) -> int:
+        return self.rows.follow((cut + self.inner // 2) // self.inner)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.inner == 1 and self.rows.is_identity
+
+
+@dataclass(frozen=True)
 class Taps(AxisMap):
     """Output cell i needs the input cells `rows[i]`: resize, mirrored or wrapped padding, strided slices."""
 

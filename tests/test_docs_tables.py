@@ -72,10 +72,12 @@ INPUTS = {
     "x": FLOAT, "few": FEW, "v": np.zeros(3, np.float32), "where": np.zeros(4, np.int64), "k": np.zeros(1, np.int64),
     "volume": np.zeros((1, 1, 4, 4, 4), np.float32), "grid": np.zeros((1, 2, 2, 2, 3), np.float32),
     "ints": FLOAT.astype(np.int32), "bytes": FEW.astype(np.uint8), "row": np.zeros(3, np.uint8),
+    "blocks": FLOAT.reshape(1, 6, -1)[:, :, :6],
     "image": FLOAT.astype(np.uint8), "mask": np.zeros(2, bool), "axis": np.zeros((), np.int64),
 }
 CONSTANTS = {
     "true": np.asarray(True), "sizes": np.array([2, 3, 9, 9]), "sizes5": np.array([1, 1, 9, 9, 9]),
+    "eight": np.array([8]), "two": np.array([2]),
     "s": np.float32(1), "z": np.uint8(0), "w": np.zeros((2, 3, 1, 1), np.uint8), "square": np.zeros((3, 3), np.uint8),
 }
 QUANTISED = ["v", "z", "w", "s", "z", "s", "z"]
@@ -94,6 +96,7 @@ REFUSED = {
     "Resize": helper.make_node("Resize", ["volume", "", "", "sizes5"], ["y"], mode="cubic"),
     "Resize, integers": helper.make_node("Resize", ["ints", "", "", "sizes"], ["y"], mode="linear"),
     "Resize, data": helper.make_node("Resize", ["x", "", "", "where"], ["y"]),
+    "Col2Im": helper.make_node("Col2Im", ["blocks", "eight", "two"], ["y"], dilations=[2]),
     "GridSample": helper.make_node("GridSample", ["volume", "grid"], ["y"], mode="bicubic"),
     "QuantizeLinear": helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], precision=1),
     "QuantizeLinear, float8": helper.make_node("QuantizeLinear", ["x", "s"], ["y"],

@@ -11,6 +11,7 @@ from partitioner.geometry import Interval, Pieces
 from partitioner.maps import (
     AxisMap,
     Identity,
+    Rows,
     Shift,
     Taps,
     TransposedWindow,
@@ -135,8 +136,22 @@ def test_identity_and_whole(n: int, data: st.DataObject) -> None:
     assert cells(WholeAligned(n, n).needed(out)) == everything
 
 
+@st.composite
+def flattened(draw: st.DrawFn) -> Rows:
+    """Rows of several cells under transposed windows."""
+    rows, inner = draw(transposed()), draw(small)
+    return Rows(rows.n_in * inner, rows.n_out, rows, inner)
+
+
+@given(flattened(), st.data())
+def test_rows(flat: Rows, data: st.DataObject) -> None:
+    out = data.draw(outs(flat.n_out))
+    wanted = cells(flat.rows.needed(out))
+    assert cells(flat.needed(out)) == {i * flat.inner + j for i in wanted for j in range(flat.inner)}
+
+
 maps = st.one_of(
-    windows(), transposed(), taps,
+    windows(), transposed(), taps, flattened(),
     st.builds(Shift, extents, extents, st.integers(-9, 9)),
     extents.map(identity), st.builds(Whole, extents, extents), extents.map(lambda n: WholeAligned(n, n)))
 
