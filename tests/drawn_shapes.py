@@ -234,6 +234,27 @@ def blocks(b: Builder) -> bool:
     return b.add(op, [b.values[-1] if any(m % size for m in space) else x], {"blocksize": size})
 
 
+@draws("Col2Im")
+def col2im(b: Builder) -> bool:
+    """Every cell as a block of equal cells."""
+    x = b.last
+    if b.style.integers or not b.op("Col2Im") or len(x.shape) != 4:
+        return False
+    block, strides, dilations = ([b.integer(1, most) for _ in x.spatial] for most in (3, 3, 2))
+    pads = [b.integer(0, 1) for _ in range(4)]
+    image = [(n - 1) * s + (k - 1) * d + 1 - lo - hi for n, k, s, d, lo, hi in zip(
+        x.shape[2:], block, strides, dilations, pads[:2], pads[2:], strict=True)]
+    count = math.prod(block)
+    if min(image) < 1 or math.prod((*x.shape[:2], *image)) * count > 20000:
+        return False
+    if not b.add("Tile", [x, np.array([1, count, 1, 1], np.int64)]):
+        return False
+    if not b.add("Reshape", [b.values[-1], np.array([x.shape[0], x.shape[1] * count, -1], np.int64)]):
+        return False
+    return b.add("Col2Im", [b.values[-1], np.array(image, np.int64), np.array(block, np.int64)],
+                 {"strides": strides, "pads": pads, "dilations": dilations})
+
+
 @draws("CenterCropPad", exact=True)
 def center_crop_pad(b: Builder) -> bool:
     x = b.last

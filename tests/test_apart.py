@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import partitioner as pt
+from partitioner import dialect
 from partitioner.loader import load_model
 from partitioner.mesh import Mesh
 from passes.canonicalize import Canonicalize
+from passes.expand import expand
 from passes.pipeline import Pipeline
 from tests.oracle import compile_plan, run_lockstep, run_ort
 from tests.spellings import (
@@ -171,8 +174,10 @@ _INNER = {"Gelu": ["c1 = Gelu(c)"], "LayerNormalization": ["c1 = LayerNormalizat
           "ReduceL2": ["n = ReduceL2(c, last)", "c1 = Div(c, n)"], "Slice": ["c1 = Slice(c, start, end, last)"],
           "Split": ["c1, c2 = Split<axis=1,num_outputs=2>(c)"], "Concat": ["c1 = Concat<axis=1>(c, b1)"],
           "Gather": ["c1 = Gather<axis=1>(c, chosen)"], "Cast": ["e = Cast<to=11>(c)", "c1 = CastLike(e, c)"],
-          "Expand": ["n = ReduceMax(c, last)", "m = Expand(n, wide)", "c1 = Sub(c, m)"],
+          "Expand": ["n = ReduceMax(c, last)", "c1 = Expand(n, wide)"],
           "Unsqueeze": ["e = Unsqueeze(c, last)", "c1 = Squeeze(e, last)"],
+          "ReduceMean": ["n = ReduceMean(c, first)", "c1 = Sub(c, n)"],
+          "ReduceMax": ["n = ReduceMax<keepdims=0>(c, first)", "c1 = Sub(c, n)"],
           "positions": ["c1 = Add(c, place)"]}
 _EXTENTS = {"Slice": 2, "Split": 3, "Concat": 10, "Gather": 3}
 
@@ -180,9 +185,9 @@ _EXTENTS = {"Slice": 2, "Split": 3, "Concat": 10, "Gather": 3}
 def inner(name: str) -> Spelling:
     """A layer between the product and the reshape back."""
     lines = [*ROWS.lines[:3], *_INNER[name], "d = Reshape(c1, back)", ROWS.lines[4]]
-    constants = {**ROWS.constants, "scale": random(5), "last": integers(-1), "start": integers(-3), "end": integers(4),
-                 "b1": signed(24, 5, seed=4), "chosen": integers(4, 0, 0), "wide": integers(24, 5),
-                 "place": signed(24, 1, seed=5), "back": integers(8, 3, _EXTENTS.get(name, 5))}
+    constants = {**ROWS.constants, "scale": random(5), "last": integers(-1), "first": integers(0),
+                 "start": integers(-3), "end": integers(4), "b1": signed(24, 5, seed=4), "chosen": integers(4, 0, 0),
+                 "wide": integers(24, 5), "place": signed(24, 1, seed=5), "back": integers(8, 3, _EXTENTS.get(name, 5))}
     return changed(ROWS, lines=lines, constants=constants, opset=20)
 
 
@@ -190,8 +195,8 @@ NO_ROWS = {
     "the rows leave the graph": changed(ROWS, outputs=["y", "c"]),
     "the rows are compared": changed(ROWS, lines=[*ROWS.lines[:3], "e = Softmax<axis=0>(c)", "d = Reshape(e, back)",
                                                   ROWS.lines[4]]),
-    "the rows are summed": changed(ROWS, lines=[*ROWS.lines[:3], "e = ReduceMean<axes=[0]>(c)", "f = Sub(c, e)",
-                                                "d = Reshape(f, back)", ROWS.lines[4]]),
+    "the rows are summed up": changed(ROWS, lines=[*ROWS.lines[:3], "e = CumSum(c, first)", "d = Reshape(e, back)",
+                                                  ROWS.lines[4]], constants={**ROWS.constants, "first": integers(0)}),
     "other rows afterwards": changed(ROWS, constants={**ROWS.constants, "back": integers(6, 4, 5)}),
     "rows beside a tensor of data": changed(ROWS, lines=[*ROWS.lines[:3], "e = Add(c, k)", "d = Reshape(e, back)",
                                                          ROWS.lines[4]], others={"k": signed(24, 5)}),
@@ -278,6 +283,39 @@ class WindowsOfTorch(nn.Module):
         return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
+def _thirds(x: torch.Tensor, axis: int) -> list[torch.Tensor]:
+    return [x.narrow(axis, start, 8) for start in (0, 8, 16)]
+
+
+class Channels(nn.Module):
+    """Attention of channels to one another, over all of space, as Restormer has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.project = nn.Conv2d(8, 24, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        q, k, v = (t.reshape(n, 2, c // 2, h * w) for t in _thirds(self.qkv(x), 1))
+        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x + self.project(y.reshape(n, c, h, w))
+
+
+class LinearAttention(nn.Module):
+    """Attention whose scores are not normalised: sums over all positions, and what each position makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = _thirds(self.qkv(x.flatten(2).transpose(1, 2)), 2)
+        q, k = functional.elu(q) + 1, functional.elu(k) + 1
+        y = q @ (k.transpose(1, 2) @ v) / (q @ k.sum(1, keepdim=True).transpose(1, 2))
+        return y.transpose(1, 2).reshape(x.shape)
+
+
 def classifier() -> nn.Module:
     return nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 96, 5), nn.ReLU(),
                          nn.Dropout(), nn.Linear(5, 3))
@@ -291,7 +329,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], list[Layout]]] = {
     "windows": (lambda: Windows(False), PLANES), "masked windows": (lambda: Windows(True), PLANES),
     "windows of torch": (lambda: WindowsOfTorch(False), PLANES),
     "windows of torch, batch first": (lambda: WindowsOfTorch(True), PLANES),
-    "classifier": (classifier, PLANES),
+    "classifier": (classifier, PLANES), "attention of channels": (Channels, PLANES),
+    "linear attention": (LinearAttention, PLANES),
     "several": (lambda: nn.Sequential(Windows(True), nn.Conv2d(8, 8, 3, padding=1), WindowsOfTorch(True),
                                       nn.Flatten(), nn.Linear(8 * 96, 3)), PLANES),
 }
@@ -311,6 +350,23 @@ def test_exported_by_torch(name: str, exporter: Exporter, opset: int) -> None:
         assert not whole_results(plan), mesh
 
 
+@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 14), ("dynamo", 18)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_queries_stay_in_shards_where_keys_are_gathered(exporter: Exporter, opset: int, batch_first: bool) -> None:
+    shape = (3, 8, 8, 12)
+    model = export(trained(Attention(batch_first)), shape, exporter, opset, False)
+    inputs = {"x": signed(*shape)}
+    expected = run_ort(model, inputs)
+    for mesh, cuts in PLANES:
+        plan = compile_plan(model, mesh, cuts)
+        check_results(run_lockstep(plan, inputs).outputs, expected)
+        check_results(run_ort(ir.to_proto(expand(plan)), inputs), expected)
+        gathered = [node.inputs[0] for node in plan.graph if node.op_type == dialect.RESHARD]
+        assert all(v is not None and not v.is_graph_input() and len(dialect.shape_of(v)) > 3 for v in gathered), mesh
+        (scores,) = (node.outputs[0] for node in plan.graph if node.op_type == "Softmax")
+        assert set(dialect.get_layout(scores).mesh_axes) == set(Mesh.parse(mesh).names), mesh
+
+
 # --- training ---------------------------------------------------------------------------------------------
 
 
@@ -323,7 +379,8 @@ def gradients(net: nn.Module, x: torch.Tensor, mesh: str) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("make", [
     lambda: nn.Sequential(nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(4 * 60, 5)),
-    lambda: nn.Sequential(nn.Conv2d(8, 8, (8, 12))), lambda: Windows(True), lambda: WindowsOfTorch(False)])
+    lambda: nn.Sequential(nn.Conv2d(8, 8, (8, 12))), lambda: Windows(True), lambda: WindowsOfTorch(False), Channels,
+    LinearAttention, lambda: Attention(False)])
 def test_weights_train_as_those_of_the_whole_network(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(3)
     net, x = make(), torch.from_numpy(signed(2, 8, 8, 12))

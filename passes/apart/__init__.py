@@ -16,21 +16,22 @@ needs them as one, nothing is changed, and insert-reshards gathers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.mesh import Mesh
 from partitioner.ops.base import Operator
-from partitioner.ops.nodes import operator_of
+from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.standard.conv import Conv
 from partitioner.ops.standard.dense import Gemm, MatMul
+from partitioner.ops.standard.pointwise import BROADCAST, Pointwise
 from partitioner.ops.standard.reshape import Reshape
-from passes.apart.factors import Factor, Factors, extents, is_plain, plain
+from passes.apart.factors import Factor, Factors, as_one, is_plain, plain
 from passes.apart.products import read_conv, read_gemm, read_matmul
 from passes.apart.rules import RULES, Change, Rule, axes_after, read_reshape
 from passes.apart.writer import Writer
@@ -48,12 +49,30 @@ def keep_apart(model: ir.Model, mesh: Mesh, trains: bool = False) -> None:
     """
     split = frozenset(name for name, count in mesh.axes if count > 1)
     left: set[ir.Node] = set()
+    if split:
+        _broadcast(model.graph)
     while split:
         found = _followed(model, split, left, trains)
         if not found.failed:
             _rewrite(model, found, trains)
             return
         left |= found.failed
+
+
+def _broadcast(graph: ir.Graph) -> None:
+    """Let what works cell by cell read a tensor that it broadcasts in place of one that was expanded before."""
+    for node in [n for n in graph if n.domain == "" and n.op_type == "Expand"]:
+        source, (result,) = node.inputs[0], node.outputs
+        assert source is not None
+        for user, index in list(result.uses()):
+            if not isinstance(operator_of(user), Pointwise) or user.op_type not in BROADCAST:
+                continue
+            read = [dialect.shape_of(source if v is result else v) for v in user.inputs if v is not None]
+            if np.broadcast_shapes(*read) == dialect.shape_of(user.outputs[0]):
+                user.replace_input_with(index, source)
+                forget(user)
+        if not result.uses() and not result.is_graph_output():
+            graph.remove(node, safe=True)
 
 
 @dataclass
@@ -102,18 +121,13 @@ def _followed(model: ir.Model, split: frozenset[str], left: Container[ir.Node], 
         change = _change(node, given, node not in left, bool(origins))
         if origins and (change is None or (trains and node.op_type == "Dropout")):
             found.failed |= origins
-            change, given = None, [None if axes is None else _as_one(axes) for axes in given]
+            change, given = None, [None if axes is None else as_one(axes) for axes in given]
         if change is None:
             found.settle(node, axes_after(node, given), _NOTHING)
             continue
         found.changes[node] = change
         found.settle(node, change.outputs, origins | {node} if change.starts else origins)
     return found
-
-
-def _as_one(axes: Factors) -> Factors:
-    """Axes that are one again; what splits the first part may split them."""
-    return tuple((Factor(math.prod(extents([axis])), axis[0].names),) for axis in axes)
 
 
 def _change(node: ir.Node, given: Sequence[Factors | None], may_start: bool, follows: bool) -> Change | None:

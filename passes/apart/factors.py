@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ def extents(axes: Sequence[Axis]) -> tuple[int, ...]:
 def place(axes: Factors, axis: int) -> int:
     """Where an axis begins among the factors."""
     return sum(len(a) for a in axes[:axis])
+
+
+def as_one(axes: Sequence[Axis]) -> Factors:
+    """Axes that are one again; what splits the first part may split them."""
+    return tuple((Factor(math.prod(extents([axis])), axis[0].names),) for axis in axes)
 
 
 def reshaped(axes: Factors, target: tuple[int, ...], may_start: bool) -> tuple[Factors, bool] | None:

@@ -2,6 +2,8 @@
 
     Flatten (N, C, H, W), Gemm with (O, C*H*W)      Einsum nchw,ochw->no: every rank multiplies its own cells
     Conv whose kernel is all of space               the same
+    queries (B, H*W, D) times keys (B, D, H*W)      Einsum of queries apart and keys as one: keys are gathered
+    (B, C, H*W) times (B, H*W, D)                   Einsum of both apart: sums of products
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import onnx_ir as ir
 from partitioner.dialect import shape_of
 from partitioner.ops.standard.conv import Conv
 from partitioner.ops.standard.dense import Gemm, MatMul
-from passes.apart.factors import Axis, Factors, extents, is_plain, joined, plain
+from passes.apart.factors import Axis, Factors, as_one, extents, is_plain, joined, plain
 from passes.apart.rules import Change, Given, Inputs, fit, fits
 from passes.apart.writer import Writer
 
@@ -51,9 +53,11 @@ def read_matmul(node: ir.Node, operator: MatMul, given: Given) -> Change | None:
     weight = node.inputs[1]
     if len(left) > 1 and len(right) == 2 and weight is not None and weight.const_value is not None:
         return _layer(node, left, operator.outputs[0].shape[-1], False, False)
-    if min(len(left), len(right)) < 2 or not (is_plain(left[-2:]) and is_plain(right[-2:])):
+    if min(len(left), len(right)) < 2:
         return None
     shape = operator.outputs[0].shape
+    if not (is_plain(left[-2:]) and is_plain(right[-2:])):
+        return _crossed(node, shape, left, _met(left, right))
     lead = joined(shape[:-2], [left[:-2], right[:-2]])
     if lead is None:
         return None
@@ -63,6 +67,36 @@ def read_matmul(node: ir.Node, operator: MatMul, given: Given) -> Change | None:
 
     def build(write: Writer, inputs: Inputs) -> Sequence[ir.Value]:
         return write.same([fit(write, *pair) for pair in zip(inputs, node.inputs, wholes, strict=True)])
+
+    return Change(((*lead, *left[-2:-1], *right[-1:]),), build)
+
+
+def _met(left: Factors, right: Factors) -> Factors:
+    """The axes of the right matrix, some of them one again: those that every row of the left one needs whole."""
+    (rows, inner), (other, columns) = left[-2:], right[-2:]
+    if len(inner) == 1 and len(other) > 1:
+        other = as_one([other])[0]
+    if len(rows) > 1 and len(columns) > 1:
+        columns = as_one([columns])[0]
+    return (*right[:-2], other, columns)
+
+
+def _crossed(node: ir.Node, shape: tuple[int, ...], left: Factors, right: Factors) -> Change | None:
+    """A product of two tensors of data with rows, columns or contracted axes apart: attention over all of space."""
+    lead = joined(shape[:-2], [left[:-2], right[:-2]])
+    if lead is None or extents(left[-1:]) != extents(right[-2:-1]) or not _can_sum(node):
+        return None
+    if any(extents(axes[:-2]) != extents(lead) for axes in (left, right)):
+        return None
+    letters = iter(string.ascii_letters)
+    batch, rows, inner, columns = ("".join(next(letters) for _ in extents(axes))
+                                   for axes in (lead, left[-2:-1], left[-1:], right[-1:]))
+    equation = f"{batch}{rows}{inner},{batch}{inner}{columns}->{batch}{rows}{columns}"
+
+    def build(write: Writer, inputs: Inputs) -> Sequence[ir.Value]:
+        a, b = inputs
+        assert a is not None and b is not None
+        return [write.op("Einsum", [a, write.reshape(b, extents(right))], {"equation": equation})]
 
     return Change(((*lead, *left[-2:-1], *right[-1:]),), build)
 

@@ -125,20 +125,22 @@ def _layer_norm(node: ir.Node, operator: LayerNormalization | RMSNormalization, 
 
 
 def _reduce(node: ir.Node, operator: Reduce, given: Given) -> Change | None:
-    """Reductions over axes counted from the end."""
+    """Reductions, of all that an axis stands for."""
     data = given[0]
-    first = min(operator.axes, default=0)
     assert data is not None
-    if not operator.axes or not is_plain(data[first:]) or node.op_type.startswith("Global"):
+    as_input = len(node.inputs) > 1
+    if not operator.axes or not (as_input or "axes" in node.attributes):
         return None
-    shape = operator.outputs[0].shape
-    out = (*data[:first], *plain(shape[first:]))
-    axes = [axis - len(data) for axis in operator.axes]
+    axes = [place(data, a) + i for a in sorted(operator.axes) for i in range(len(data[a]))]
+    out = tuple(plain([1])[0] if a in operator.axes else axis for a, axis in enumerate(data)
+                if operator.keepdims or a not in operator.axes)
 
     def build(write: Writer, inputs: Inputs) -> Sequence[ir.Value]:
-        if len(inputs) < 2:
-            return write.same(inputs, {"axes": axes})
-        return write.same([inputs[0], write.integers(axes)])
+        if as_input:
+            (result,) = write.same([inputs[0], write.integers(axes)])
+        else:
+            (result,) = write.same(inputs, {"axes": axes})
+        return [write.reshape(result, extents(out))]
 
     return Change((out,), build)
 
