@@ -35,17 +35,17 @@ that also trains), training replaces layers by what they do in training."""
 
 
 def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False,
-                      purpose: Purpose = "inference") -> Pipeline:
+                      purpose: Purpose = "inference", rolled: str | None = None, thickness: int = 16) -> Pipeline:
     """The passes that make a plan, in order."""
     return Pipeline((
         Canonicalize(shapes, strict, fold_norms=purpose == "inference", mesh=mesh),
         *((PrepareTraining(),) if purpose == "training" else ()),
-        AssignShards(mesh, cuts),
+        AssignShards(mesh, cuts, () if rolled is None else (rolled,)),
         InsertReshards(),
         SplitReductions(),
         InsertHaloExchanges(),
         MergeExchanges(),
-        Schedule(),
+        Schedule(rolled=rolled, thickness=thickness),
         AnnotateDevices(),
     ))
 

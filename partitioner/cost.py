@@ -20,6 +20,7 @@ from partitioner.layout import Layout
 from partitioner.lifetime import Buffer, Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needed_layout, operator_of
+from partitioner.rolling import Turns, count_turns
 
 FloatArray = NDArray[np.float64]
 
@@ -120,12 +121,13 @@ def plan_cost(model: ir.Model) -> PlanCost:
     for buffer in lifetimes.buffers.values():
         births.setdefault(buffer.born, []).append(buffer.name)
         deaths.setdefault(buffer.dies, []).append(buffer.name)
+    turns = count_turns(model)
     live = np.zeros(mesh.shape, dtype=np.int64)
     steps: list[StepCost] = []
     for index, node in enumerate(model.graph):
         for name in births.get(index, ()):
             live = live + sizes[name]
-        steps.append(_step(node, mesh, lifetimes, live))
+        steps.append(_step(node, mesh, lifetimes, live, turns.get(node, Turns())))
         for name in deaths.get(index, ()):
             live = live - sizes[name]
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
@@ -138,12 +140,13 @@ def _buffer_bytes(buffer: Buffer, mesh: Mesh) -> IntArray:
     return bytes_of(buffer.layout, buffer.dtype, mesh)
 
 
-def _step(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes, live: IntArray) -> StepCost:
+def _step(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes, live: IntArray, turns: Turns) -> StepCost:
     zero = np.zeros(mesh.shape, dtype=np.int64)
     if dialect.is_exchange(node):
         sent, received, messages = exchange_traffic(node, mesh)
+        sent, received = (n * turns.cells // turns.extent for n in (sent, received))
         workspace = sent + received
-        return StepCost(node, sent, received, messages, zero.astype(float), live + workspace, workspace)
+        return StepCost(node, sent, received, messages * turns.count, zero.astype(float), live + workspace, workspace)
     if dialect.is_all_reduce(node):
         sent, messages = all_reduce_traffic(node, mesh)
         return StepCost(node, sent, sent, messages, zero.astype(float), live + 2 * sent, 2 * sent)

@@ -70,6 +70,7 @@ _LAYOUT = "partitioner.layout"
 _MESH = "partitioner.mesh"
 _PARTIAL = "partitioner.partial"
 _STORAGE = "partitioner.storage"
+_SCHEDULE = "partitioner.schedule"
 _PASSES = "partitioner.passes"
 _DIGEST = "partitioner.digest"
 _STATISTIC = "partitioner.statistic"
@@ -193,6 +194,36 @@ def get_partial(node: ir.Node) -> tuple[str, ...]:
 def set_partial(node: ir.Node, mesh_axes: Sequence[str]) -> None:
     """Mark a node's result as partial over mesh axes."""
     node.metadata_props[_PARTIAL] = ",".join(mesh_axes)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a plan is executed depth-first.
+
+    Args:
+        axis: the mesh axis along which slabs follow one another.
+        thickness: per chain the cells of a slab, along the longest axis in the chain.
+    """
+
+    axis: str
+    thickness: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.axis}/{','.join(map(str, self.thickness))}"
+
+
+def get_schedule(model: ir.Model) -> Schedule | None:
+    """How the plan is executed depth-first; None for whole-shard steps."""
+    text = model.metadata_props.get(_SCHEDULE)
+    if text is None:
+        return None
+    axis, _, thickness = text.partition("/")
+    return Schedule(axis, tuple(int(n) for n in thickness.split(",") if n))
+
+
+def set_schedule(model: ir.Model, schedule: Schedule) -> None:
+    """Write the schedule into the model."""
+    model.metadata_props[_SCHEDULE] = str(schedule)
 
 
 @dataclass(frozen=True)

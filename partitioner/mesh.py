@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from partitioner.errors import PartitionError
@@ -73,6 +73,11 @@ class Mesh:
     def count(self, name: str) -> int:
         """Ranks along an axis; 1 for an axis that the mesh lacks."""
         return dict(self.axes).get(name, 1)
+
+    def with_axes(self, names: Iterable[str]) -> Mesh:
+        """The mesh with these axes too, of one rank each where it lacks them."""
+        lacking = [(name, 1) for name in names if name not in self.names]
+        return Mesh(tuple(sorted((*self.axes, *lacking), key=lambda pair: AXIS_NAMES.index(pair[0]))))
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """The coordinate of a rank along every axis."""

@@ -38,6 +38,8 @@ def _content(model: ir.Model) -> Iterator[bytes]:
     graph = model.graph
     imports = sorted(graph.opset_imports.items())
     yield _line("plan", dialect.get_mesh(model), dialect.get_storage(model), dialect.get_passes(model), imports)
+    if (schedule := dialect.get_schedule(model)) is not None:
+        yield _line("schedule", str(schedule))
     yield _line("inputs", *map(_value, graph.inputs))
     for node in graph:
         names = [None if v is None else v.name for v in node.inputs]

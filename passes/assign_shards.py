@@ -13,7 +13,7 @@ order decides, by following the cuts of its operator's input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -41,6 +41,7 @@ class AssignShards(Pass):
     Args:
         mesh: the mesh of ranks.
         cuts: the user's own cuts of the inputs' axes, by mesh axis; even ones otherwise.
+        rolled: mesh axes of one rank that are laid out all the same, because a rank goes along them slab by slab.
     """
 
     name: ClassVar[str] = "assign-shards"
@@ -49,10 +50,12 @@ class AssignShards(Pass):
 
     mesh: Mesh
     cuts: Mapping[str, Cuts] = field(default_factory=dict[str, Cuts])
+    rolled: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model) -> None:
-        seeds = seed_layouts(model, self.mesh, self.cuts)
-        dialect.set_mesh(model, self.mesh)
+        mesh = self.mesh.with_axes(self.rolled)
+        seeds = seed_layouts(model, mesh, self.cuts, self.rolled)
+        dialect.set_mesh(model, mesh)
         classes = _axis_classes(model)
         decided: dict[AxisKey, AxisLayout] = {}
         for value in model.graph.inputs:
@@ -67,7 +70,8 @@ class AssignShards(Pass):
                 _assign(value, classes, decided, separable_axes(node, output))
 
 
-def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[str, list[AxisLayout | None]]:
+def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts],
+                 rolled: Collection[str] = ()) -> dict[str, list[AxisLayout | None]]:
     """How the inputs' batch and spatial axes lie on the mesh.
 
     The user's cuts hold for the inputs of their extent, other inputs get even ones; an input with fewer
@@ -81,7 +85,7 @@ def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts]) -> dict[
         str(v.name): [None] * len(dialect.shape_of(v)) for v in model.graph.inputs}
     named = named_axes(model)
     for name, count in mesh.axes:
-        if count == 1:
+        if count == 1 and name not in rolled:
             continue
         places = [(str(v.name), axis, dialect.shape_of(v)[axis]) for v in model.graph.inputs
                   for found, axis in named[str(v.name)].items() if found == name]

@@ -12,6 +12,7 @@ from partitioner.geometry import covers, span
 from partitioner.layout import Layout
 from partitioner.ops.base import Unsupported
 from partitioner.ops.nodes import data_needs, operator_of, reduction_splits, tensor_type
+from partitioner.rolling import order_stages
 from passes.base import Check
 
 
@@ -136,6 +137,22 @@ def _no_chain(model: ir.Model) -> Iterator[str]:
             yield f"{node.name} exchanges what {producer.name} has just exchanged"
 
 
+def _scheduled(model: ir.Model) -> Iterator[str]:
+    schedule = dialect.get_schedule(model)
+    if schedule is None:
+        return
+    if dialect.get_mesh(model).count(schedule.axis) != 1:
+        yield f"the schedule goes along {schedule.axis}, which the mesh splits"
+        return
+    nodes = list(model.graph)
+    stages = order_stages(nodes, schedule.axis)
+    chains = sum(stage.is_chain for stage in stages)
+    if len(schedule.thickness) != chains or min(schedule.thickness, default=1) < 1:
+        yield f"the schedule {schedule} is not one of {chains} chains"
+    if [node for stage in stages for node in stage.nodes] != nodes:
+        yield "the nodes of a chain do not stand side by side"
+
+
 STATIC = Check("static shapes", _static)
 KNOWN = Check("known operators", _known)
 LAID_OUT = Check("every value laid out", _laid_out)
@@ -145,5 +162,6 @@ SPLIT = Check("reductions split", _split)
 MET = Check("needs met", _met)
 EXCHANGES = Check("exchanges start from disjoint shards", _exchanges)
 NO_CHAIN = Check("no exchange feeds an exchange", _no_chain)
+SCHEDULED = Check("schedule fits", _scheduled)
 
-ALL = (STATIC, KNOWN, LAID_OUT, COVER, AGREE, SPLIT, MET, EXCHANGES, NO_CHAIN)
+ALL = (STATIC, KNOWN, LAID_OUT, COVER, AGREE, SPLIT, MET, EXCHANGES, NO_CHAIN, SCHEDULED)

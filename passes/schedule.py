@@ -16,8 +16,9 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.rolling import order_stages
 from passes.base import Check, Pass
-from passes.checks import MET, NO_CHAIN, SPLIT
+from passes.checks import MET, NO_CHAIN, SCHEDULED, SPLIT
 
 Storage = Literal["channels_last", "channels_first"]
 
@@ -33,8 +34,11 @@ class Schedule(Pass):
 
     name: ClassVar[str] = "schedule"
     requires: ClassVar[tuple[Check, ...]] = (MET, NO_CHAIN, SPLIT)
+    ensures: ClassVar[tuple[Check, ...]] = (SCHEDULED,)
 
     storage: Storage = "channels_last"
+    rolled: str | None = None
+    thickness: int = 16
 
     def apply(self, model: ir.Model) -> None:
         graph = model.graph
@@ -43,6 +47,16 @@ class Schedule(Pass):
             if dialect.is_exchange(node):
                 _sink(graph, node)
         dialect.set_storage(model, self.storage)
+        if self.rolled is not None:
+            stages = order_stages(list(graph), self.rolled)
+            _rearrange(graph, [node for stage in stages for node in stage.nodes])
+            chains = sum(stage.is_chain for stage in stages)
+            dialect.set_schedule(model, dialect.Schedule(self.rolled, (self.thickness,) * chains))
+
+
+def _rearrange(graph: ir.Graph, order: list[ir.Node]) -> None:
+    graph.remove(order)
+    graph.extend(order)
 
 
 def _sink(graph: ir.Graph, exchange: ir.Node) -> None:

@@ -11,10 +11,24 @@ from dataclasses import dataclass, field
 import torch
 
 from partitioner.ops.base import Call
+from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.moments import merge_moments
 from runtime.feeds import Drain, Feed, Portion
-from runtime.memory import allocate_buffer, in_storage_order, load_weight, view, views
-from runtime.program import Action, AllReduce, Compute, Exchange, Load, Message, Program, Store, Window
+from runtime.memory import allocate_buffer, give_back, in_storage_order, load_weight, parts_of, view, views
+from runtime.program import (
+    Action,
+    AllReduce,
+    Compute,
+    Exchange,
+    Forget,
+    Load,
+    Merge,
+    Message,
+    Move,
+    Program,
+    Store,
+    Window,
+)
 from runtime.transports import Job, Parcel, Transport
 
 Progress = Callable[[int, int, str], None]
@@ -43,18 +57,29 @@ class Shard:
         return self.buffers[name]
 
     def window(self, window: Window) -> torch.Tensor:
-        """The cells of a window."""
+        """The cells of a window; none of a buffer that is not there yet."""
+        if not window.box and window.buffer not in self.buffers and window.buffer not in self.weights:
+            dtype = torch_dtype(self.program.buffers[window.buffer].dtype)
+            return torch.empty(window.box.shape, dtype=dtype, device=self.device)
         return view(self.tensor(window.buffer), window)
 
     def portion(self, window: Window, fresh: bool = False) -> Portion:
         """The cells of an input (its buffer is brought into being) or of an output."""
-        if fresh:
+        if fresh and (window.fills or window.buffer not in self.buffers):
             self.allocate(window.buffer)
         return Portion(self.program.rank, window.box, self.window(window))
 
-    def has_room(self, window: Window) -> bool:
-        """Whether the window's buffer is larger than the window: room for a halo that comes later."""
-        return self.program.buffers[window.buffer].box.shape != window.box.shape
+    def room(self, window: Window) -> torch.Tensor:
+        """The buffer of a window, brought into being by the first part that is written."""
+        return self.buffers[window.buffer] if window.buffer in self.buffers else self.allocate(window.buffer)
+
+    def put(self, window: Window, result: torch.Tensor) -> None:
+        """Let a result be the buffer, or copy it to its place in a larger one."""
+        if window.fills:
+            self.buffers[window.buffer] = result
+            return
+        for place, part in zip(views(self.room(window), window), parts_of(result, window), strict=True):
+            place.copy_(part)
 
     def parcel(self, message: Message) -> Parcel:
         """A message's cells, axes in storage order."""
@@ -115,6 +140,13 @@ class Executor:
                 drain.store(action.name, shard.portion(action.window))
             elif isinstance(action, Compute):
                 compute(shard, action)
+            elif isinstance(action, Merge):
+                accumulate(shard, action)
+            elif isinstance(action, Move):
+                move(shard, action)
+            elif isinstance(action, Forget):
+                spec = shard.program.buffers[action.buffer]
+                give_back(shard.buffers[action.buffer], spec, shard.program.storage, action.cells)
 
     def _exchange(self, pairs: Sequence[tuple[Shard, Exchange]]) -> None:
         jobs: list[Job] = []
@@ -148,10 +180,25 @@ class Executor:
                         for (_, action), box in zip(pairs, inboxes, strict=True)]
         for (shard, action), merged in zip(pairs, partials, strict=True):
             for window, tensor in zip(action.targets, merged, strict=True):
-                if shard.has_room(window):
-                    view(shard.allocate(window.buffer), window).copy_(tensor)
-                else:
-                    shard.buffers[window.buffer] = tensor
+                shard.put(window, tensor)
+
+
+def accumulate(shard: Shard, action: Merge) -> None:
+    """Merge partial results of more cells with those of the cells before."""
+    parts = [shard.window(w) for w in action.sources]
+    if all(w.buffer in shard.buffers for w in action.targets):
+        parts = merge(action.kind, [[shard.window(w) for w in action.targets], parts])
+    for window, tensor in zip(action.targets, parts, strict=True):
+        shard.put(window, tensor)
+
+
+def move(shard: Shard, action: Move) -> None:
+    """Copy within a buffer, where source and target may overlap."""
+    buffer = shard.buffers[action.source.buffer]
+    source, target = view(buffer, action.source), view(buffer, action.target)
+    overlap = any(a[0].start < b[0].stop and b[0].start < a[0].stop and a != b
+                  for a, b in zip(action.source.slices, action.target.slices, strict=True))
+    target.copy_(source.clone() if overlap else source)
 
 
 def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -170,20 +217,15 @@ def compute(shard: Shard, action: Compute) -> None:
     outs = tuple(w.box for w in action.writes)
     if not any(map(bool, outs)):
         for window in action.writes:
-            shard.allocate(window.buffer)
+            shard.room(window)
         return
     tensors = tuple(None if w is None else shard.window(w) for w in action.reads)
     boxes = tuple(None if w is None else w.box for w in action.reads)
-    window = action.writes[0]
-    into = shard.allocate(window.buffer) if shard.has_room(window) else None
-    place = None if into is None else view(into, window)
-    results = action.operator.run(Call(tensors, boxes, outs, place if action.operator.writes_into else None))
-    for target, result in zip(action.writes[1:], results[1:], strict=False):
-        if shard.has_room(target):
-            view(shard.allocate(target.buffer), target).copy_(result)
-        else:
-            shard.buffers[target.buffer] = result
-    if place is None:
-        shard.buffers[window.buffer] = results[0]
-    elif not action.operator.writes_into:
-        place.copy_(results[0])
+    first = action.writes[0]
+    into = None
+    if action.operator.writes_into and not first.fills and first.is_dense:
+        into = view(shard.room(first), first)
+    results = action.operator.run(Call(tensors, boxes, outs, into))
+    for window, result in zip(action.writes, results, strict=False):
+        if into is None or window is not first:
+            shard.put(window, result)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,10 +37,57 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, sto
 
 def allocate_buffer(spec: BufferSpec, device: torch.device, storage: str, poison: bool) -> torch.Tensor:
     """Memory for a buffer; poisoned with NaN where a test wants to see what nobody wrote."""
-    tensor = allocate(spec.box.shape, torch_dtype(spec.dtype), device, storage)
+    dtype = torch_dtype(spec.dtype)
+    if spec.place != "memory" and device.type == "cpu" and spec.box.size * dtype.itemsize >= MAPPED_FROM:
+        tensor = _map(spec, dtype, storage)
+    else:
+        tensor = allocate(spec.box.shape, dtype, device, storage)
     if poison and tensor.dtype.is_floating_point:
         tensor.fill_(float("nan"))
     return tensor
+
+
+MAPPED_FROM = 1 << 20
+"""Bytes from which a resting buffer is a mapping of its own, whose pages can be given back one by one."""
+
+
+class _Mapping(mmap.mmap):
+    """Pages of no file, or of one that has no name any more; remembered by the tensor that lies in them."""
+
+
+def _map(spec: BufferSpec, dtype: torch.dtype, storage: str) -> torch.Tensor:
+    """A tensor in pages of its own."""
+    order = storage_order(storage, len(spec.box.shape))
+    count = spec.box.size
+    if spec.place == "file":
+        with tempfile.TemporaryFile(prefix="partitioner-") as file:
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            pages = _Mapping(file.fileno(), count * dtype.itemsize)
+    else:
+        pages = _Mapping(-1, count * dtype.itemsize)
+    stored = torch.frombuffer(pages, dtype=dtype, count=count).view([spec.box.shape[a] for a in order])
+    tensor = stored.permute([order.index(a) for a in range(len(order))])
+    _PAGES[tensor.data_ptr()] = pages
+    return tensor
+
+
+_PAGES: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
+"""The mappings that are alive, by the address of their first value."""
+
+
+def give_back(tensor: torch.Tensor, spec: BufferSpec, storage: str, cells: int) -> None:
+    """Return the memory of a resting buffer's first cells to the system, where its axis is the outermost."""
+    pages = _PAGES.get(tensor.data_ptr())
+    if pages is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    order = storage_order(storage, tensor.dim())
+    outer = order[: order.index(spec.axis)]
+    if any(tensor.shape[a] != 1 for a in outer):
+        return
+    plane = tensor.numel() // max(1, tensor.shape[spec.axis]) * tensor.element_size()
+    length = cells * plane // mmap.PAGESIZE * mmap.PAGESIZE
+    if length:
+        pages.madvise(mmap.MADV_DONTNEED, 0, length)
 
 
 def view(tensor: torch.Tensor, window: Window) -> torch.Tensor:
@@ -56,6 +107,16 @@ def views(tensor: torch.Tensor, window: Window) -> list[torch.Tensor]:
     found = [tensor]
     for axis, slices in enumerate(window.slices):
         found = [t.narrow(axis, s.start, s.stop - s.start) for t in found for s in slices]
+    return found
+
+
+def parts_of(tensor: torch.Tensor, window: Window) -> list[torch.Tensor]:
+    """The cells of a window, cut where it is cut in its buffer: they go with `views`, one by one."""
+    found = [tensor]
+    for axis, slices in enumerate(window.slices):
+        if len(slices) > 1:
+            lengths = [s.stop - s.start for s in slices]
+            found = [piece for t in found for piece in t.split(lengths, axis)]
     return found
 
 

@@ -8,14 +8,15 @@ node.  Windows are slices of buffers; buffers are released after the last step t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.exchange import plan_exchange
-from partitioner.geometry import Box, local_slices
+from partitioner.geometry import Box, Pieces, local_slices
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
 from partitioner.ops.base import Operator
@@ -25,13 +26,22 @@ Slices = tuple[tuple[slice, ...], ...]
 """Per axis the slices of a buffer, in order; several where the wanted cells do not lie side by side."""
 
 
+Place = Literal["memory", "resting", "file"]
+"""Where a buffer lies: in memory; there, but given back in parts; in a file that is mapped."""
+
+
 @dataclass(frozen=True)
 class Window:
-    """The cells `box` of a value, and where they lie in the buffer that holds it."""
+    """The cells `box` of a value, and where they lie in the buffer that holds it.
+
+    Args:
+        fills: whether they are all that the buffer has room for, so that a kernel's result can be the buffer.
+    """
 
     buffer: str
     box: Box
     slices: Slices
+    fills: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -41,11 +51,18 @@ class Window:
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """Memory to allocate: the cells it has room for."""
+    """Memory to allocate: the cells it has room for.
+
+    Args:
+        place: `resting` for what is written and read in parts, from its front to its end.
+        axis: along which it is written then.
+    """
 
     name: str
     box: Box
     dtype: ir.DataType
+    place: Place = "memory"
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,35 @@ class AllReduce:
     groups: tuple[tuple[int, ...], ...]
 
 
-Action = Load | Store | Compute | Exchange | AllReduce
+@dataclass(frozen=True)
+class Merge:
+    """Add a partial result of some cells to that of the cells before; the first one is taken as it is."""
+
+    name: str
+    kind: str
+    sources: tuple[Window, ...]
+    targets: tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Copy cells that are still needed to the front of their buffer."""
+
+    name: str
+    source: Window
+    target: Window
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Give back the memory of a resting buffer's first cells."""
+
+    name: str
+    buffer: str
+    cells: int
+
+
+Action = Load | Store | Compute | Exchange | AllReduce | Merge | Move | Forget
 
 
 @dataclass(frozen=True)
@@ -130,18 +175,28 @@ class Program:
     steps: tuple[Step, ...]
 
 
-def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, storage: str | None = None) -> Program:
+def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, storage: str | None = None,
+             streamed: frozenset[str] = frozenset()) -> Program:
     """The program of one rank of a plan; the cost grows with the graph, not with the mesh.
 
     Args:
         lifetimes: found once for all ranks of a process.
         storage: axis order of activations; the plan's own when not given.
+        streamed: inputs that can only be read at once, from their file's start to its end.
     """
-    program = _Localiser(model, rank, lifetimes or find_lifetimes(model)).program()
+    from runtime.rolled import RolledLocaliser
+
+    lifetimes = lifetimes or find_lifetimes(model)
+    if dialect.get_schedule(model) is None:
+        program = Localiser(model, rank, lifetimes).program()
+    else:
+        program = RolledLocaliser(model, rank, lifetimes, streamed).program()
     return program if storage is None else replace(program, storage=storage)
 
 
-class _Localiser:
+class Localiser:
+    """Whole-shard steps: one per node."""
+
     def __init__(self, model: ir.Model, rank: int, lifetimes: Lifetimes) -> None:
         self.model = model
         self.rank = rank
@@ -187,11 +242,11 @@ class _Localiser:
         name = str(value.name)
         if name in self.weights:
             whole = Box.whole(dialect.shape_of(value))
-            return _place(name, whole, whole if box is None else box)
+            return place(name, whole, whole if box is None else box)
         buffer = self.lifetimes.buffer_of[name]
         owned = dialect.get_layout(value).box(self.here)
         held = self.boxes[buffer] if self.lifetimes.buffers[buffer].base is None else owned
-        return _place(buffer, held, owned if box is None else box, joined)
+        return place(buffer, held, owned if box is None else box, joined)
 
     def _action(self, node: ir.Node) -> Action:
         if dialect.is_exchange(node):
@@ -199,12 +254,16 @@ class _Localiser:
         if dialect.is_all_reduce(node):
             return self._all_reduce(node)
         outs = tuple(dialect.get_layout(v).box(self.here) for v in node.outputs)
-        reads: list[Window | None] = []
-        for index, value in enumerate(node.inputs):
-            box = None if value is None else input_box(node, index, outs, self.here)
-            reads.append(None if box is None or value is None else self._window(value, box))
         writes = tuple(self._window(v) for v in node.outputs)
-        return Compute(str(node.name), operator_of(node), tuple(reads), writes)
+        return Compute(str(node.name), operator_of(node), self._reads(node, outs), writes)
+
+    def _reads(self, node: ir.Node, outs: tuple[Box, ...],
+               taken: Mapping[str, Pieces] | None = None) -> tuple[Window | None, ...]:
+        found: list[Window | None] = []
+        for index, value in enumerate(node.inputs):
+            box = None if value is None else input_box(node, index, outs, self.here, taken)
+            found.append(None if box is None or value is None else self._window(value, box))
+        return tuple(found)
 
     def _exchange(self, node: ir.Node) -> Exchange:
         source, target = node.inputs[0], node.outputs[0]
@@ -235,7 +294,8 @@ def reduction_group(mesh: Mesh, rank: int, name: str) -> tuple[int, ...]:
     return tuple(mesh.rank({**here, name: i}) for i in range(mesh.count(name)))
 
 
-def _place(buffer: str, held: Box, wanted: Box, joined: bool = True) -> Window:
+def place(buffer: str, held: Box, wanted: Box, joined: bool = True) -> Window:
+    """Where wanted cells lie in a buffer that holds others too."""
     slices = tuple(local_slices(h, w, joined) or (slice(0, 0),) for h, w in zip(held.axes, wanted.axes, strict=True))
-    return Window(buffer, wanted, slices)
+    return Window(buffer, wanted, slices, held.shape == wanted.shape)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.geometry import Box, union
+from partitioner.geometry import Box, Pieces, union
 from partitioner.layout import AxisLayout, Layout
 from partitioner.ops.base import Need, Needs, NodeView, Operator, TensorType, Unsupported, need_pieces
 from partitioner.ops.dtypes import refuse_mixed
@@ -217,11 +217,13 @@ def _joined(left: Box, right: Box) -> Box:
     return Box(tuple(union(p, q) for p, q in zip(left.axes, right.axes, strict=True)))
 
 
-def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], here: Mapping[str, int]) -> Box | None:
+def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], here: Mapping[str, int],
+              taken: Mapping[str, Pieces] | None = None) -> Box | None:
     """The cells of an input that local output boxes need; the reduced axes of a partial as they are owned.
 
     Args:
         here: the rank's coordinates in the mesh.
+        taken: of reduced axes along these mesh axes, other cells than all that the rank owns.
     """
     found: list[Box] = []
     for output, out in enumerate(outs):
@@ -235,5 +237,6 @@ def input_box(node: ir.Node, index: int, outs: tuple[Box, ...], here: Mapping[st
         return box
     axes = list(box.axes)
     for axis, split in reduction_splits(node).get(index, {}).items():
-        axes[axis] = split.parts[here[split.mesh_axis]]
+        owned = split.parts[here[split.mesh_axis]]
+        axes[axis] = owned if taken is None else taken.get(split.mesh_axis, owned)
     return Box(tuple(axes))

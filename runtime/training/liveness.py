@@ -12,7 +12,7 @@ import torch
 
 from partitioner import dialect
 from partitioner.lifetime import find_lifetimes
-from runtime.program import Action, AllReduce, Exchange, Load, Program, Store
+from runtime.program import Action, AllReduce, Compute, Exchange, Load, Program, Store
 from runtime.training.segments import StepBytes
 
 
@@ -44,6 +44,7 @@ def touched(action: Action) -> tuple[list[str], list[str]]:
         return [action.source.buffer], [action.target]
     if isinstance(action, AllReduce):
         return [w.buffer for w in action.sources], [w.buffer for w in action.targets]
+    assert isinstance(action, Compute)  # training takes whole-shard steps
     return [w.buffer for w in action.reads if w is not None], [w.buffer for w in action.writes]
 
 
