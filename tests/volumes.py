@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import nibabel
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 
 from partitioner.geometry import Box
@@ -19,6 +20,7 @@ from runtime.volumes import ArraySpec, Source, create_sink, known_suffixes
 Array = NDArray[Any]
 WRITTEN = tuple(suffix for suffix in known_suffixes(written=True) if suffix != ".zarr")
 """Files that are written; a Zarr store is a folder."""
+TIFF = (".tif", ".tiff", ".btf")
 SHAPE = (1, 2, 7, 11, 5)
 AFFINE = np.array([[-0.7, 0.1, 0, 90], [0, 0.8, 0.2, -126], [0.3, 0, 2.5, -72], [0, 0, 0, 1]])
 
@@ -77,6 +79,9 @@ def load(path: Path, name: str = "out") -> Array:
     """The whole file by its own library, as a model sees it."""
     if path.suffix == ".npy":
         return np.load(path)
+    if path.suffix in TIFF:
+        with tifffile.TiffFile(path) as file:
+            return file.series[0].asarray(squeeze=False)
     if path.suffix in (".h5", ".hdf5"):
         with h5py.File(path) as file:
             return file[name][()]

@@ -7,8 +7,6 @@ nobody wrote, reads as the fill value: this is its rule.
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 from partitioner.errors import PartitionError
 from runtime.volumes.base import ArraySpec, DType, FileImage, Source, delivered_dtype, stored_dtype
+from runtime.volumes.headers import HeaderFile
 from runtime.volumes.raw import Array, Delivery, RawArray, c_order
 from runtime.volumes.sources import ChunkedSource, Contents, stream_errors
 
@@ -58,7 +57,7 @@ class Hdf5Format:
         if not all(names) or len(set(names)) != len(names):
             raise PartitionError(f"{path}: its arrays need distinct names, not {', '.join(s.name for s in arrays)}")
         dtypes = [stored_dtype(path, spec) for spec in arrays]
-        image = _Image()
+        image = HeaderFile()
         places: list[tuple[str, RawArray]] = []
         try:
             with h5py.File(image, "w") as file:
@@ -73,54 +72,6 @@ class Hdf5Format:
 
 
 FORMAT = Hdf5Format()
-
-
-class _Image(io.RawIOBase):
-    """A file that remembers what is written where, and holds nothing between; h5py writes headers into it."""
-
-    def __init__(self) -> None:
-        self.blocks: list[tuple[int, bytes]] = []
-        self.size = 0
-        self._at = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
-        return self._at
-
-    def write(self, block: Any, /) -> int:
-        written = bytes(block)
-        self.blocks.append((self._at, written))
-        self._at += len(written)
-        self.size = max(self.size, self._at)
-        return len(written)
-
-    def readinto(self, buffer: Any, /) -> int:
-        """What was written, zeros elsewhere."""
-        count = max(0, min(len(buffer), self.size - self._at))
-        found = bytearray(count)
-        for offset, block in self.blocks:
-            begin, end = max(offset, self._at), min(offset + len(block), self._at + count)
-            if begin < end:
-                found[begin - self._at : end - self._at] = block[begin - offset : end - offset]
-        buffer[:count] = found
-        self._at += count
-        return count
-
-    def truncate(self, size: int | None = None, /) -> int:
-        self.size = self._at if size is None else size
-        return self.size
 
 
 def _h5py(path: Path) -> ModuleType:

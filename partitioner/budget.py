@@ -1,0 +1,204 @@
+"""A schedule that keeps to a memory budget: which axis to go along, how thick slabs are, what rests in files.
+
+The candidates are laid out once per axis; per thickness their programs are followed step by step, so that what is
+compared are the buffers that will be there.  Of those that fit, the one with the least work beside the arithmetic is
+taken: slabs add steps and copies, files add traffic; nothing is ever computed twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.cost import cells
+from partitioner.errors import PartitionError
+from partitioner.exchange import IntArray
+from partitioner.rolling import order_stages
+from runtime.forecast import Memory, forecast
+from runtime.monitor import anonymous_memory
+from runtime.program import localise
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+RESERVE = 64 * 2**20
+"""Bytes that libraries take while they work: packed weights, threads' scratch memory, the allocator's own."""
+
+_STEP_SECONDS = 60e-6
+_COPY_BYTES = 5e9
+_FILE_BYTES = 5e8
+
+
+def parse_bytes(given: str | int, what: str = "memory") -> int:
+    """A number of bytes from `2GiB`, `500 MB` or a whole number.
+
+    Raises:
+        PartitionError: for anything else, and for nothing at all.
+    """
+    if isinstance(given, bool) or not isinstance(given, str | int):  # pyright: ignore
+        raise PartitionError(f"{what}={given!r} is no amount of memory; write 2GiB, 500MB or a number of bytes")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(given).lower())
+    if match is None or match[2] not in _UNITS:
+        raise PartitionError(f"{what} '{given}' is no amount of memory; write 2GiB, 500MB or a number of bytes")
+    found = int(float(match[1]) * _UNITS[match[2]])
+    if found < 1:
+        raise PartitionError(f"{what} '{given}' leaves nothing to work with; give a positive amount, as 2GiB")
+    return found
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one process may hold.
+
+    Args:
+        total: bytes of anonymous memory, the program and its libraries included.
+        resting: bytes of that which tensors may take that rest from chain to chain; others rest in mapped files.
+        arrays: whether inputs and outputs are arrays in the process too, not files.
+        together: whether the process holds all ranks of the mesh, not one.
+    """
+
+    total: int
+    resting: int | None = None
+    arrays: bool = True
+    together: bool = True
+
+    def shards(self, model: ir.Model) -> int:
+        """Ranks in the process."""
+        return dialect.get_mesh(model).size if self.together else 1
+
+    def taken(self, model: ir.Model) -> int:
+        """Bytes that are there beside activations and weights: the process as it is, arrays, libraries."""
+        values = (*model.graph.inputs, *model.graph.outputs) if self.arrays else ()
+        arrays = sum(float(np.prod(dialect.shape_of(v))) * v.dtype.itemsize for v in values if v.dtype is not None)
+        return anonymous_memory() + RESERVE + int(arrays)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with one schedule, and what it will take."""
+
+    model: ir.Model
+    schedule: dialect.Schedule | None
+    files: tuple[str, ...]
+    memory: Memory
+    steps: int
+    needed: int
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time beside the arithmetic, which all candidates share."""
+        copied = sum(copy.nbytes for copy in self.memory.copies)
+        return self.steps * _STEP_SECONDS + copied / _COPY_BYTES + 2 * self.memory.filed / _FILE_BYTES
+
+
+def fit(lay_out: Callable[[str | None], ir.Model], axes: Sequence[str], budget: Budget) -> ir.Model:
+    """The plan that keeps to a budget with the least work.
+
+    Args:
+        lay_out: compiles the plan, to be rolled along an axis or (None) in whole-shard steps.
+        axes: those that no rank of the mesh splits.
+
+    Raises:
+        PartitionError: when none keeps to it, with the smallest budget that one does.
+    """
+    smallest: Candidate | None = None
+    fitting: list[Candidate] = []
+    for axis in (None, *axes):
+        for candidate in _candidates(lay_out(axis), axis, budget):
+            if smallest is None or candidate.needed < smallest.needed:
+                smallest = candidate
+            if candidate.needed <= budget.total:
+                fitting.append(candidate)
+                if axis is not None:
+                    break  # thinner slabs only add steps
+        if axis is None and fitting:
+            break
+    assert smallest is not None
+    if not fitting:
+        shards = budget.shards(smallest.model)
+        raise PartitionError(
+            f"memory {_text(budget.total)}: this model at these extents needs at least {_text(smallest.needed)} "
+            f"({_text(smallest.needed - smallest.memory.peak * shards)} of it for the process, "
+            f"{'arrays, ' if budget.arrays else ''}libraries and weights); give that much"
+            + (", or split it over more ranks" if shards == 1 else ", or a process per rank (backend gloo)"))
+    best = min(fitting, key=lambda c: c.seconds)
+    _mark(best.model, best.schedule, best.files)
+    return best.model
+
+
+def _text(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{-(-count * 100 // size) / 100:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _candidates(model: ir.Model, axis: str | None, budget: Budget) -> Iterator[Candidate]:
+    """Thick slabs first."""
+    rank = _largest_rank(model)
+    if axis is None:
+        yield _candidate(model, None, (), rank, budget)
+        return
+    stages = order_stages(list(model.graph), axis)
+    chains = sum(stage.is_chain for stage in stages)
+    if not chains:
+        return
+    longest = max(n for value in model.graph.inputs for n in dialect.shape_of(value))
+    thickness = 1 << max(0, (longest // 4).bit_length() - 1)
+    while thickness:
+        schedule = dialect.Schedule(axis, (thickness,) * chains)
+        yield from _with_files(model, schedule, rank, budget)
+        thickness //= 2
+
+
+def _with_files(model: ir.Model, schedule: dialect.Schedule, rank: int, budget: Budget) -> Iterator[Candidate]:
+    """The same slabs with resting tensors in memory, then as many of them in files as the budget asks for."""
+    found = _candidate(model, schedule, (), rank, budget)
+    allowed = budget.total if budget.resting is None else budget.resting
+    files: list[str] = []
+    waiting = list(found.memory.rests)
+    while waiting and (found.needed > budget.total or found.memory.resting * budget.shards(model) > allowed):
+        files.append(waiting.pop(0))
+        found = _candidate(model, schedule, tuple(files), rank, budget)
+    yield found
+
+
+def _candidate(model: ir.Model, schedule: dialect.Schedule | None, files: tuple[str, ...], rank: int,
+               budget: Budget) -> Candidate:
+    _mark(model, schedule, files)
+    program = localise(model, rank)
+    memory = forecast(program)
+    needed = memory.peak * budget.shards(model) + memory.weights + budget.taken(model)
+    return Candidate(model, schedule, files, memory, len(program.steps), needed)
+
+
+def _mark(model: ir.Model, schedule: dialect.Schedule | None, files: Sequence[str]) -> None:
+    if schedule is not None:
+        dialect.set_schedule(model, schedule)
+    chosen = set(files)
+    for value in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs)):
+        dialect.set_filed(value, value.name in chosen)
+
+
+def _largest_rank(model: ir.Model) -> int:
+    """The rank with the largest part of the inputs."""
+    mesh = dialect.get_mesh(model)
+    total = sum((cells(dialect.get_layout(v), mesh) for v in model.graph.inputs), start=np.zeros(mesh.shape))
+    return int(np.argmax(total))
+
+
+def slab_peaks(model: ir.Model) -> IntArray:
+    """Peak activation memory of every rank of a plan that is executed depth-first; of many ranks the largest's."""
+    mesh = dialect.get_mesh(model)
+    if mesh.size > _FOLLOWED:
+        return np.full(mesh.shape, forecast(localise(model, _largest_rank(model))).peak, np.int64)
+    return np.array([forecast(localise(model, rank)).peak for rank in mesh], np.int64).reshape(mesh.shape)
+
+
+_FOLLOWED = 16
+"""Ranks whose programs are followed one by one."""
