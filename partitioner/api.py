@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -31,12 +32,13 @@ from partitioner.guards import (
 )
 from partitioner.layout import Cuts
 from partitioner.loader import fault_of, load_file, load_model, save_model
-from partitioner.mesh import Mesh
+from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.ops.weights import without_gradient
 from partitioner.report import plan_dict, render, to_text
 from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
+    from partitioner.budget import Budget
     from runtime.session import Runner, RunReport
     from runtime.training.module import PartitionedModule
 
@@ -51,7 +53,7 @@ KEPT_PLANS = 4
 """How many plans a session keeps for shapes that it has seen."""
 
 
-def partition(
+def partition(  # noqa: PLR0913 (the words of the command)
     model: Any,
     example: Any = None,
     *,
@@ -61,6 +63,8 @@ def partition(
     dump_dir: str | Path | None = None,
     strict: bool = False,
     train: bool = False,
+    memory: str | int | None = None,
+    host_memory: str | int | None = None,
     **around: Unpack[Around],
 ) -> Plan:
     """Partition a model over a mesh of ranks.
@@ -74,6 +78,10 @@ def partition(
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators without a sharded rule, which otherwise run replicated on gathered inputs.
         train: export a torch module so that `Plan.module` can train it: batch norms and dropouts stay.
+        memory: what the process may hold, as `"2GiB"` or in bytes: anonymous memory, with the program itself, weights
+            and whole inputs and outputs.  The plan is executed depth-first where that needs less.
+        host_memory: of that, what tensors may take that rest between chains; beyond it they lie in mapped files in the
+            folder for temporary files.
         around: what becomes part of the graph before it is partitioned: `preprocess=["window=-160:240"]`,
             `output_ops=["softmax", "argmax"]`, `tta="flips"`, `ensemble=["fold1.onnx"]`; words as in the command.
 
@@ -89,7 +97,29 @@ def partition(
         found = {name: shape for name, shape in found.items() if name in open_inputs}
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
-    return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict)
+    budget = budget_of(memory, host_memory)
+    return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict, budget)
+
+
+def budget_of(memory: str | int | None, host_memory: str | int | None, arrays: bool = True,
+              together: bool = True) -> Budget | None:
+    """The budget that a user gives; None without one.
+
+    Args:
+        arrays: whether whole inputs and outputs are in the process.
+        together: whether all ranks are in one process.
+
+    Raises:
+        PartitionError: for no amount of memory.
+    """
+    if memory is None:
+        if host_memory is not None:
+            raise PartitionError("host_memory is a part of memory; give memory too, as memory='4GiB'")
+        return None
+    from partitioner.budget import Budget, parse_bytes
+
+    resting = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+    return Budget(parse_bytes(memory), resting, arrays, together)
 
 
 def load(path: str | Path) -> Plan:
@@ -158,21 +188,32 @@ class Plan:
     """
 
     def __init__(self, model: ir.Model, source: ir.Model | None = None, cuts: Mapping[str, Cuts] | None = None,
-                 strict: bool = False) -> None:
+                 strict: bool = False, budget: Budget | None = None) -> None:
         self.model = model
         self._source = source
+        self._budget = budget
         self._strict = strict
         self._cuts = dict(cuts or {})
 
     @classmethod
     def compile(cls, source: ir.Model, mesh: MeshLike, shapes: Mapping[str, Sequence[int]],
-                cuts: Mapping[str, Cuts], dump_dir: Path | None = None, strict: bool = False) -> Plan:
+                cuts: Mapping[str, Cuts], dump_dir: Path | None = None, strict: bool = False,
+                budget: Budget | None = None) -> Plan:
         """Run the standard passes on a copy of a model; see `partition`."""
         refuse_all(source_problems(source))
         found = parse_mesh(mesh, source)
         try:
             with with_nearest_shapes(source, shapes):
-                return cls(compile_plan(source, found, shapes, cuts, dump_dir, strict), source, cuts, strict)
+                def lay_out(rolled: str | None) -> ir.Model:
+                    return compile_plan(source, found, shapes, cuts, dump_dir, strict, rolled=rolled)
+
+                if budget is None:
+                    return cls(lay_out(None), source, cuts, strict)
+                from partitioner.budget import fit
+
+                free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if found.count(n) == 1
+                        and any(n in axes for axes in named_axes(source).values())]
+                return cls(fit(lay_out, free, budget), source, cuts, strict, budget)
         except PartitionError:
             raise
         except Exception:
@@ -197,7 +238,12 @@ class Plan:
     @cached_property
     def cost(self) -> PlanCost:
         """Memory, bytes, messages and operations per rank, forecast from the layouts."""
-        return plan_cost(self.model)
+        found = plan_cost(self.model)
+        if dialect.get_schedule(self.model) is None:
+            return found
+        from partitioner.budget import slab_peaks
+
+        return replace(found, slab_peak=slab_peaks(self.model))
 
     def report(self, width: int = 160) -> str:
         """The plan as a table of text, `width` columns wide."""
@@ -277,7 +323,7 @@ class Plan:
         changed = {axis for name, axes in named_axes(self.model).items() for axis, place in axes.items()
                    if self.input_shapes[name][place : place + 1] != after[name][place : place + 1]}
         kept = {axis: cuts for axis, cuts in self._cuts.items() if axis not in changed}
-        return Plan.compile(self._source, self.mesh, shapes, kept, strict=self._strict)
+        return Plan.compile(self._source, self.mesh, shapes, kept, strict=self._strict, budget=self._budget)
 
     def module(self, device: str = "cpu", *, checkpoint: bool = False, biased_variance: bool = False,
                global_statistics: bool = False) -> PartitionedModule:

@@ -151,7 +151,7 @@ def tolerance(text: str) -> float:
 
 def _command(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:
     found = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    found.set_defaults(action=action)
+    found.set_defaults(action=action, action_name=name)
     return found
 
 
@@ -163,6 +163,11 @@ def _model_options(parser: argparse.ArgumentParser, metavar: str, text: str) -> 
                         help="extents of an input (needed where the model leaves axes open)")
     parser.add_argument("--cuts", metavar="AXIS=P,P,...", action="append", default=[],
                         help="where shards begin along a mesh axis, e.g. depth=50 for shards 0-50 and 50-end")
+    parser.add_argument("--memory", metavar="SIZE",
+                        help="what a process may hold, as 2GiB; the plan is executed depth-first, slab by slab, where "
+                             "that needs less")
+    parser.add_argument("--host-memory", metavar="SIZE",
+                        help="of that, what may rest in memory between chains; the rest goes into temporary files")
     parser.add_argument("--strict", action="store_true",
                         help="refuse operators without a sharded rule (else they run replicated, as the plan shows)")
     parser.add_argument("--operators", metavar="FILE.py|MODULE", action="append", default=[],

@@ -35,7 +35,7 @@ that also trains), training replaces layers by what they do in training."""
 
 
 def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False,
-                      purpose: Purpose = "inference", rolled: str | None = None, thickness: int = 16) -> Pipeline:
+                      purpose: Purpose = "inference", rolled: str | None = None) -> Pipeline:
     """The passes that make a plan, in order."""
     return Pipeline((
         Canonicalize(shapes, strict, fold_norms=purpose == "inference", mesh=mesh),
@@ -45,26 +45,28 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
         SplitReductions(),
         InsertHaloExchanges(),
         MergeExchanges(),
-        Schedule(rolled=rolled, thickness=thickness),
+        Schedule(rolled=rolled),
         AnnotateDevices(),
     ))
 
 
 def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],
-                 dump_dir: Path | None = None, strict: bool = False, purpose: Purpose = "inference") -> ir.Model:
+                 dump_dir: Path | None = None, strict: bool = False, purpose: Purpose = "inference",
+                 rolled: str | None = None) -> ir.Model:
     """A plan of a model; the model itself stays as it is.
 
     Args:
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators that have no sharded rule.
         purpose: see `Purpose`.
+        rolled: a mesh axis along which ranks go slab by slab; `partitioner.budget` chooses how thick slabs are.
 
     Raises:
         PartitionError: when the model cannot be kept exact on this mesh with these extents.
     """
     model = source.clone()
     observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
-    return standard_pipeline(mesh, shapes, cuts, strict, purpose).run(model, observers)
+    return standard_pipeline(mesh, shapes, cuts, strict, purpose, rolled).run(model, observers)
 
 
 def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:

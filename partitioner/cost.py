@@ -48,20 +48,29 @@ class StepCost:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """All steps of a plan, and the totals per rank."""
+    """All steps of a plan, and the totals per rank.
+
+    Args:
+        slab_peak: peak activation memory per rank of a plan that is executed depth-first.
+    """
 
     mesh: Mesh
     steps: tuple[StepCost, ...]
     weight_bytes: int
+    slab_peak: IntArray | None = None
 
     @property
     def peak(self) -> IntArray:
         """Peak activation memory per rank, in bytes."""
+        if self.slab_peak is not None:
+            return self.slab_peak
         return np.max([s.live for s in self.steps], axis=0, initial=0)
 
     @property
     def peak_together(self) -> int:
         """Peak activation memory of all ranks in one process, in bytes: one rank computes at a time."""
+        if self.slab_peak is not None:
+            return int(self.slab_peak.sum())
         totals = [int((s.live - s.workspace).sum() + s.workspace.max(initial=0)) for s in self.steps]
         return max(totals, default=0)
 

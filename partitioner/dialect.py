@@ -71,6 +71,7 @@ _MESH = "partitioner.mesh"
 _PARTIAL = "partitioner.partial"
 _STORAGE = "partitioner.storage"
 _SCHEDULE = "partitioner.schedule"
+_REST = "partitioner.rest"
 _PASSES = "partitioner.passes"
 _DIGEST = "partitioner.digest"
 _STATISTIC = "partitioner.statistic"
@@ -224,6 +225,19 @@ def get_schedule(model: ir.Model) -> Schedule | None:
 def set_schedule(model: ir.Model, schedule: Schedule) -> None:
     """Write the schedule into the model."""
     model.metadata_props[_SCHEDULE] = str(schedule)
+
+
+def rests_in_file(value: ir.Value) -> bool:
+    """Whether the buffer of this value rests in a mapped file from chain to chain."""
+    return value.metadata_props.get(_REST) == "file"
+
+
+def set_filed(value: ir.Value, filed: bool) -> None:
+    """Let the buffer of a value rest in a mapped file, or in memory."""
+    if filed:
+        value.metadata_props[_REST] = "file"
+    else:
+        value.metadata_props.pop(_REST, None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.api import Backend, Plan, check_plan
+from partitioner.api import Backend, Plan, budget_of, check_plan
 from partitioner.axes import axis_extents, named_axes
 from partitioner.compose import Wrapping, compose, equal_counts, input_channel_axis, part_names
 from partitioner.errors import PartitionError
@@ -156,7 +156,9 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
              and v.shape is not None and v.shape.is_static()}
     cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
-    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict)
+    budget = budget_of(options.memory, options.host_memory, arrays=options.action_name == "verify",
+                       together=getattr(options, "backend", None) in (None, "lockstep"))
+    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict, budget)
 
 
 def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str, tuple[int, ...]]) -> Plan:

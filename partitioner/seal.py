@@ -39,7 +39,9 @@ def _content(model: ir.Model) -> Iterator[bytes]:
     imports = sorted(graph.opset_imports.items())
     yield _line("plan", dialect.get_mesh(model), dialect.get_storage(model), dialect.get_passes(model), imports)
     if (schedule := dialect.get_schedule(model)) is not None:
-        yield _line("schedule", str(schedule))
+        filed = sorted(str(v.name) for v in (*graph.inputs, *(o for n in graph for o in n.outputs))
+                       if dialect.rests_in_file(v))
+        yield _line("schedule", str(schedule), filed)
     yield _line("inputs", *map(_value, graph.inputs))
     for node in graph:
         names = [None if v is None else v.name for v in node.inputs]

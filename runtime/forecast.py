@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.program import AllReduce, Compute, Exchange, Forget, Load, Merge, Program, Store, Window
+from runtime.program import Action, AllReduce, Compute, Exchange, Forget, Load, Merge, Program, Store, Window
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Memory:
         resting: most bytes of buffers that rest from chain to chain, at once; part of the peak unless in files.
         filed: bytes in mapped files.
         weights: bytes of weights.
+        rests: the buffers that rest, those first that weigh most where the peak is.
         copies: what is copied though a kernel that writes in place would not.
     """
 
@@ -35,51 +36,78 @@ class Memory:
     resting: int
     filed: int
     weights: int
+    rests: tuple[str, ...]
     copies: tuple[Copy, ...]
 
 
 def forecast(program: Program) -> Memory:
     """Follow a program's buffers through its steps."""
-    alive: dict[str, float] = {}
-    resting: dict[str, float] = {}
-    filed: dict[str, float] = {}
-    copies: dict[str, float] = {}
-    peak, most, where = 0.0, 0.0, ""
+    books = _Books(program)
     for step in program.steps:
-        action, beside = step.action, 0.0
-        for window in _fills(action):
-            spec = program.buffers[window.buffer]
-            home = {"memory": alive, "resting": resting, "file": filed}[spec.place]
-            if window.fills:
-                home[window.buffer] = 0.0 if _is_view(action) else _bytes(program, window)
-            else:
-                home.setdefault(window.buffer, math.prod(spec.box.shape) * spec.dtype.itemsize)
-                beside += _beside(action, window, program, copies)
-        if isinstance(action, Compute):
-            ins = [0.0 if w is None else float(w.box.size) for w in action.reads]
-            beside += action.operator.workspace(ins, [float(w.box.size) for w in action.writes])
-            beside += sum(_bytes(program, w) for w in action.reads if w is not None and not w.is_dense)
-        elif isinstance(action, Exchange):
-            beside += sum(_bytes(program, w) for m in (*action.sends, *action.receives) for w in m.windows)
-        elif isinstance(action, Store | Load):
-            beside += _bytes(program, action.window)
-        elif isinstance(action, Forget) and action.buffer in resting:
-            spec = program.buffers[action.buffer]
-            left = 1 - action.cells / max(1, spec.box.shape[spec.axis])
-            resting[action.buffer] = math.prod(spec.box.shape) * spec.dtype.itemsize * left
-        total = sum(alive.values()) + sum(resting.values()) + beside
-        most = max(most, sum(resting.values()))
-        if total > peak:
-            peak, where = total, action.name
+        books.act(step.action)
+        books.close(step.action.name)
         for name in step.releases:
-            for home in (alive, resting):
+            for home in (books.alive, books.resting):
                 home.pop(name, None)
     weights = sum(t.nbytes for t in program.weights.values())
-    return Memory(math.ceil(peak), where, math.ceil(most), math.ceil(sum(filed.values())), weights,
-                  tuple(Copy(n, math.ceil(b)) for n, b in copies.items()))
+    rests = sorted((n for n, s in program.buffers.items() if s.place == "resting"),
+                   key=lambda n: (-books.at_peak.get(n, 0.0), -program.buffers[n].box.size))
+    return Memory(math.ceil(books.peak), books.where, math.ceil(books.most), math.ceil(sum(books.filed.values())),
+                  weights, tuple(rests), tuple(Copy(n, math.ceil(b)) for n, b in books.copies.items()))
 
 
-def _fills(action: object) -> Iterator[Window]:
+class _Books:
+    """What is alive at the moment, by buffer: in memory, resting there, and resting in files."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.alive: dict[str, float] = {}
+        self.resting: dict[str, float] = {}
+        self.filed: dict[str, float] = {}
+        self.copies: dict[str, float] = {}
+        self.at_peak: dict[str, float] = {}
+        self.peak = self.most = self.beside = 0.0
+        self.where = ""
+
+    def act(self, action: Action) -> None:
+        """Take down what an action brings into being, and what it needs beside."""
+        self.beside = 0.0
+        for window in _fills(action):
+            self._fill(action, window)
+        if isinstance(action, Compute):
+            ins = [0.0 if w is None else float(w.box.size) for w in action.reads]
+            self.beside += action.operator.workspace(ins, [float(w.box.size) for w in action.writes])
+            self.beside += sum(_bytes(self.program, w) for w in action.reads if w is not None and not w.is_dense)
+        elif isinstance(action, Exchange):
+            self.beside += sum(_bytes(self.program, w) for m in (*action.sends, *action.receives) for w in m.windows)
+        elif isinstance(action, Store | Load):
+            self.beside += _bytes(self.program, action.window)
+        elif isinstance(action, Forget) and action.buffer in self.resting:
+            self.resting[action.buffer] *= 1 - action.part
+
+    def close(self, name: str) -> None:
+        """Note the peak, if it is here."""
+        resting = sum(self.resting.values())
+        total = sum(self.alive.values()) + resting + self.beside
+        self.most = max(self.most, resting)
+        if total > self.peak:
+            self.peak, self.where, self.at_peak = total, name, dict(self.resting)
+
+    def _fill(self, action: Action, window: Window) -> None:
+        spec = self.program.buffers[window.buffer]
+        if spec.place == "file":
+            self.filed[window.buffer] = spec.box.size * spec.dtype.itemsize
+        elif spec.place == "resting":  # pages are there from the first write
+            self.resting[window.buffer] = self.resting.get(window.buffer, 0.0) + _bytes(self.program, window)
+        elif window.fills:
+            self.alive[window.buffer] = 0.0 if _is_view(action) else _bytes(self.program, window)
+        else:
+            self.alive.setdefault(window.buffer, spec.box.size * spec.dtype.itemsize)
+        if not window.fills:
+            self.beside += _beside(action, window, self.program, self.copies)
+
+
+def _fills(action: Action) -> Iterator[Window]:
     if isinstance(action, Compute):
         yield from action.writes
     elif isinstance(action, Load):
@@ -90,11 +118,11 @@ def _fills(action: object) -> Iterator[Window]:
         yield from (w for m in action.receives for w in m.windows)
 
 
-def _is_view(action: object) -> bool:
+def _is_view(action: Action) -> bool:
     return isinstance(action, Compute) and action.operator.is_view
 
 
-def _beside(action: object, window: Window, program: Program, copies: dict[str, float]) -> float:
+def _beside(action: Action, window: Window, program: Program, copies: dict[str, float]) -> float:
     """Bytes of a result that is copied to its place."""
     if not isinstance(action, Compute) or (action.operator.writes_into and window is action.writes[0]):
         return 0.0

@@ -64,7 +64,7 @@ def _map(spec: BufferSpec, dtype: torch.dtype, storage: str) -> torch.Tensor:
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             pages = _Mapping(file.fileno(), count * dtype.itemsize)
     else:
-        pages = _Mapping(-1, count * dtype.itemsize)
+        pages = _Mapping(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     stored = torch.frombuffer(pages, dtype=dtype, count=count).view([spec.box.shape[a] for a in order])
     tensor = stored.permute([order.index(a) for a in range(len(order))])
     _PAGES[tensor.data_ptr()] = pages

@@ -144,11 +144,16 @@ class Move:
 
 @dataclass(frozen=True)
 class Forget:
-    """Give back the memory of a resting buffer's first cells."""
+    """Give back the memory of a resting buffer's first cells.
+
+    Args:
+        part: of what is still there, the share that goes.
+    """
 
     name: str
     buffer: str
     cells: int
+    part: float
 
 
 Action = Load | Store | Compute | Exchange | AllReduce | Merge | Move | Forget

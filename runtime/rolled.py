@@ -94,6 +94,8 @@ class RolledLocaliser(Localiser):
         self.specs: dict[str, BufferSpec] = {}
         self.stages = order_stages(list(model.graph), self.name)
         self.stage_of = {node: i for i, stage in enumerate(self.stages) for node in stage.nodes}
+        values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
+        self.filed = {self._buffer(v) for v in values if dialect.rests_in_file(v)}
         self.last_stage = self._last_stages()
         self.resting = self._resting_buffers()
 
@@ -310,7 +312,7 @@ class RolledLocaliser(Localiser):
         held = self.lifetimes.buffers[buffer]
         box = _replace(self.boxes[buffer], track.axis, Interval(0, track.length))
         if known is None or known.box.size < box.size:
-            place = "resting" if track.kind == "resting" else "memory"
+            place = ("file" if buffer in self.filed else "resting") if track.kind == "resting" else "memory"
             self.specs[buffer] = BufferSpec(buffer, box, held.dtype, place, track.axis)
         self.tracks[buffer] = track
 
@@ -384,9 +386,11 @@ class RolledLocaliser(Localiser):
             buffer = self._buffer(value)
             if buffer not in self.resting or self.last_stage[buffer] != index:
                 continue
-            first = min((slab.keeps[v] for v in chain.extent if self._buffer(v) == buffer), default=0)
-            if first and buffer in self.living:
-                yield self._draft(Forget(str(value.name), buffer, first))
+            values = [v for v in chain.extent if self._buffer(v) == buffer]
+            first, before = (min(ends[v] for v in values) for ends in (slab.keeps, slab.kept))
+            if first > before and value is values[0] and buffer in self.living:
+                there = self.tracks[buffer].length - before
+                yield self._draft(Forget(str(value.name), buffer, first, (first - before) / there))
 
     def _window(self, value: ir.Value, box: Box | None = None, joined: bool = True) -> Window:
         name = str(value.name)

@@ -404,7 +404,8 @@ def test_the_report_shows_what_is_gathered_or_replicated() -> None:
              onnx.helper.make_node("Flatten", ["c"], ["f"], name="flat"),
              onnx.helper.make_node("Gemm", ["f", "g"], ["y"], name="head")]
     weights = {"w": kernel(), "g": np.ones((3 * 7 * 11 * 5, 4), np.float32)}
-    plan = pt.partition(model(nodes, [value("x", SHAPE)], [value("y", (1, 4))], weights), mesh="depth=2")
+    outputs = [value("y", (1, 4)), value("f", (1, 3 * 7 * 11 * 5))]  # who wants the flat volume gets it gathered
+    plan = pt.partition(model(nodes, [value("x", SHAPE)], outputs, weights), mesh="depth=2")
     found = plan.to_dict()
     assert len(found["gathered"]) == 1 and "head" in found["replicated"]
     report = plan.report()
