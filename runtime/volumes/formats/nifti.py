@@ -45,6 +45,8 @@ _COPY_BYTES = 4 * 2**20
 # nibabel's own level; higher ones take several times as long for a few per cent.
 _LEVEL = 1
 _NIFTI1_LIMIT = 2**15 - 1
+_SCANNER = 1
+"""The code of positions as the scanner gave them."""
 
 
 class NiftiFormat:
@@ -159,7 +161,12 @@ def _header(path: Path, spec: ArraySpec, meta: Meta | None) -> tuple[Any, DType]
     values = np.broadcast_to(np.zeros((), dtype), shape)
     affine = np.eye(4) if meta is None else meta.affine
     given = None if known is None else kind.header_class.from_header(known)
-    header = kind(values, affine, given, dtype=dtype).header
+    image = kind(values, affine, given, dtype=dtype)
+    header = image.header
+    if meta is not None and known is None:  # a place in millimetres from another kind of file
+        image.set_qform(affine, _SCANNER, strip_shears=True)
+        image.set_sform(affine, _SCANNER)
+        header.set_xyzt_units("mm")
     header.set_data_dtype(dtype)
     header.set_slope_inter(1.0, 0.0)
     header.set_data_offset(0)  # after the extensions, set as the header is written
