@@ -106,6 +106,9 @@ def test_affine_and_header_go_over(tmp_path: Path, ending: str, order: str, kind
             assert found_code == code
             np.testing.assert_array_equal(found, expected)
         assert after.header.get_xyzt_units() == ("mm", "sec")
+        assert nibabel.aff2axcodes(after.affine) == nibabel.aff2axcodes(before.affine)
+        np.testing.assert_array_equal(after.header["pixdim"][:4], before.header["pixdim"][:4])
+        np.testing.assert_array_equal(after.header.get_zooms()[:3], before.header.get_zooms())
         assert bytes(after.header["descrip"]).rstrip(b"\0") == b"chest"
         with (gzip.open if ending == ".nii.gz" else open)(tmp_path / f"{name}{ending}", "rb") as file:
             written = kind.header_class.from_fileobj(file)

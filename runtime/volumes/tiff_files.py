@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import struct
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +48,7 @@ def opened_tiff(path: Path) -> Generator[Any]:
         try:
             with _listening() as said:
                 file = stack.enter_context(tifffile.TiffFile(path))
-                len(file.pages)  # follows the pages to the last
+                _follow(file)
                 for series in file.series:
                     len(series.pages)
         except Exception as error:  # the library hands on whatever a damaged file leads to
@@ -57,6 +58,23 @@ def opened_tiff(path: Path) -> Generator[Any]:
         if said:
             raise PartitionError(f"{path}: damaged or cut short ({said[0]}); copy or write it again")
         yield file
+
+
+def _follow(file: Any) -> None:
+    """Follow the pages to the last, which must be described to its end.
+
+    Raises:
+        EOFError: it is not.
+    """
+    if not len(file.pages):
+        return
+    handle, form, last = file.filehandle, file.tiff, file.pages[len(file.pages) - 1]
+    handle.seek(last.offset)
+    (tags,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
+    ends = [tag.valueoffset + tag.valuebytecount for tag in getattr(last, "tags", ())]
+    end = max(last.offset + form.tagnosize + tags * form.tagsize + form.offsetsize, *ends, 0)
+    if end > handle.size:
+        raise EOFError(f"{handle.size} bytes where its description needs {end}")
 
 
 class _Ear(logging.Handler):

@@ -278,12 +278,8 @@ def _check_length(path: Path, data: Any) -> None:
         return  # noticed as the slice is decoded
     element: Any = data.get_item(next(pixels for pixels in _PIXELS if pixels in data), keep_deferred=True)
     needed = int(data.Rows) * int(data.Columns) * int(data.BitsAllocated) // 8
-    begin: Any = getattr(element, "value_tell", None)
-    length: Any = getattr(element, "length", None)
-    if begin is None or length is None:
-        held = len(element.value)
-    else:  # passed over
-        held = min(int(length), path.stat().st_size - int(begin))
+    begin, length = int(getattr(element, "value_tell", -1)), int(getattr(element, "length", 0))
+    held = len(element.value) if begin < 0 else min(length, path.stat().st_size - begin)
     if held < needed:
         raise PartitionError(f"{path}: cut short, {max(0, held)} bytes where its {data.Rows} x {data.Columns} pixels "
                              f"need {needed}; copy it again")

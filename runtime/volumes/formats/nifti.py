@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import shutil
+import struct
 import zlib
 from collections.abc import Generator, Sequence
 from functools import partial
@@ -34,7 +36,7 @@ from runtime.volumes.base import (
     stored_dtype,
 )
 from runtime.volumes.raw import Delivery, RawArray
-from runtime.volumes.sources import Contents, MappedSource, StreamedSource, skip
+from runtime.volumes.sources import Contents, MappedSource, StreamedSource, open_binary, skip, stream_errors
 
 _PACKED = ".nii.gz"
 _SPATIAL = 3
@@ -45,6 +47,8 @@ _COPY_BYTES = 4 * 2**20
 # nibabel's own level; higher ones take several times as long for a few per cent.
 _LEVEL = 1
 _NIFTI1_LIMIT = 2**15 - 1
+_LENGTH = struct.Struct("<I")
+_LENGTH_LIMIT = 2**32
 _SCANNER = 1
 """The code of positions as the scanner gave them."""
 
@@ -72,6 +76,7 @@ class NiftiFormat:
         contents = Contents(path, raw, delivery, Meta(np.asarray(image.affine), image.header))
         if not _is_packed(path):
             return MappedSource(contents)
+        _check_length(path, raw.offset + raw.nbytes)
         return StreamedSource(contents, partial(_stream, path, raw.offset))
 
     def lay_out(self, path: Path, arrays: Sequence[ArraySpec], like: Source | None) -> FileImage:
@@ -139,6 +144,26 @@ def _presented(path: Path, extents: tuple[int, ...]) -> tuple[int, ...]:
     if len(kept) < _SPATIAL or len(channels) > 1:
         raise PartitionError(f"{path}: has shape {extents}; a volume x, y, z or x, y, z, channels is needed")
     return (1, *(channels or [1]), *kept[:_SPATIAL])
+
+
+def _check_length(path: Path, needed: int) -> None:
+    """Make sure that a gzipped file holds what its header says.
+
+    Its end tells how long the unpacked file is.  A file that was cut tells something else there, and so does one
+    that was packed in pieces, which is whole: such a file is unpacked once to know.
+
+    Raises:
+        PartitionError: it is shorter.
+    """
+    with open_binary(path) as packed:
+        packed.seek(-_LENGTH.size, os.SEEK_END)
+        (told,) = _LENGTH.unpack(packed.read())
+    if told == needed % _LENGTH_LIMIT:
+        return
+    with stream_errors(path), gzip.open(path, "rb") as stream:
+        skip(stream, needed)
+        while stream.read(_COPY_BYTES):  # its checksum is compared at the end
+            pass
 
 
 @contextlib.contextmanager
