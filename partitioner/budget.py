@@ -7,6 +7,7 @@ taken: slabs add steps and copies, files add traffic; nothing is ever computed t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from partitioner import dialect
 from partitioner.cost import cells
 from partitioner.errors import PartitionError
 from partitioner.exchange import IntArray
-from partitioner.rolling import order_stages
+from partitioner.rolling import order_stages, rolled_axis
 from runtime.forecast import Memory, forecast
 from runtime.monitor import anonymous_memory
-from runtime.program import localise
+from runtime.program import Program, localise
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -114,9 +115,7 @@ def fit(lay_out: Callable[[str | None], ir.Model], axes: Sequence[str], budget: 
                 smallest = candidate
             if candidate.needed <= budget.total:
                 fitting.append(candidate)
-                if axis is not None:
-                    break  # thinner slabs only add steps
-        if axis is None and fitting:
+        if fitting:  # along a later axis slabs are not dense in storage
             break
     assert smallest is not None
     if not fitting:
@@ -139,40 +138,41 @@ def _text(count: float) -> str:
 
 
 def _candidates(model: ir.Model, axis: str | None, budget: Budget) -> Iterator[Candidate]:
-    """Thick slabs first."""
+    """Thick slabs first, down to where thinner ones need no less or only add steps."""
     rank = _largest_rank(model)
     if axis is None:
-        yield _candidate(model, None, (), rank, budget)
+        program = localise(model, rank)
+        yield _candidate(model, None, program, (), budget)
         return
-    stages = order_stages(list(model.graph), axis)
-    chains = sum(stage.is_chain for stage in stages)
-    if not chains:
-        return
-    longest = max(n for value in model.graph.inputs for n in dialect.shape_of(value))
+    chains = sum(stage.is_chain for stage in order_stages(list(model.graph), axis))
+    longest = max((dialect.shape_of(v)[a] for v in model.graph.inputs
+                   if (a := rolled_axis(v, axis)) is not None), default=1)
     thickness = 1 << max(0, (longest // 4).bit_length() - 1)
-    while thickness:
+    least = math.inf
+    while thickness and longest > 1 and chains:
         schedule = dialect.Schedule(axis, (thickness,) * chains)
-        yield from _with_files(model, schedule, rank, budget)
-        thickness //= 2
+        dialect.set_schedule(model, schedule)
+        program = localise(model, rank)
+        found = _candidate(model, schedule, program, (), budget)
+        yield from _with_files(found, program, budget)
+        if found.needed <= budget.total or found.needed > 0.99 * least:
+            return
+        least, thickness = found.needed, thickness // 2
 
 
-def _with_files(model: ir.Model, schedule: dialect.Schedule, rank: int, budget: Budget) -> Iterator[Candidate]:
-    """The same slabs with resting tensors in memory, then as many of them in files as the budget asks for."""
-    found = _candidate(model, schedule, (), rank, budget)
+def _with_files(found: Candidate, program: Program, budget: Budget) -> Iterator[Candidate]:
+    """The same slabs with as many resting tensors in files as the budget asks for."""
     allowed = budget.total if budget.resting is None else budget.resting
-    files: list[str] = []
-    waiting = list(found.memory.rests)
-    while waiting and (found.needed > budget.total or found.memory.resting * budget.shards(model) > allowed):
-        files.append(waiting.pop(0))
-        found = _candidate(model, schedule, tuple(files), rank, budget)
+    shards = budget.shards(found.model)
+    while found.memory.rests and (found.needed > budget.total or found.memory.resting * shards > allowed):
+        files = (*found.files, found.memory.rests[0])
+        found = _candidate(found.model, found.schedule, program, files, budget)
     yield found
 
 
-def _candidate(model: ir.Model, schedule: dialect.Schedule | None, files: tuple[str, ...], rank: int,
+def _candidate(model: ir.Model, schedule: dialect.Schedule | None, program: Program, files: tuple[str, ...],
                budget: Budget) -> Candidate:
-    _mark(model, schedule, files)
-    program = localise(model, rank)
-    memory = forecast(program)
+    memory = forecast(program, frozenset(files))
     needed = memory.peak * budget.shards(model) + memory.weights + budget.taken(model)
     return Candidate(model, schedule, files, memory, len(program.steps), needed)
 

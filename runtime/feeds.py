@@ -69,21 +69,42 @@ class ArrayDrain:
         self.tensors[name][portion.slices].copy_(portion.tensor)
 
 
+class Tally:
+    """Cells that are NaN or infinite per input: each counted once, though several chains may read it slab by slab."""
+
+    def __init__(self) -> None:
+        self.cells: dict[str, int] = {}
+        self._first: dict[str, Box] = {}
+        self._over: set[str] = set()
+
+    def is_new(self, name: str, box: Box) -> bool:
+        """Whether a box is of the first pass over its input; a second one begins where the first began."""
+        first = self._first.setdefault(name, box)
+        if name in self.cells and box.intervals() == first.intervals():
+            self._over.add(name)
+        return name not in self._over
+
+    def add(self, name: str, count: int) -> None:
+        """Add to an input's number."""
+        self.cells[name] = self.cells.get(name, 0) + count
+
+
 @dataclass(frozen=True)
 class FileFeed:
     """Inputs from files: each portion is read by itself, or one pass over the file fills them all.
 
     Args:
-        not_finite: per input, how many of its cells are NaN or infinite; filled while loading.
+        tally: per input, how many of its cells are NaN or infinite; filled while loading.
     """
 
     sources: Mapping[str, Source]
-    not_finite: dict[str, int] = field(default_factory=dict[str, int])
+    tally: Tally = field(default_factory=lambda: Tally())
 
     def load(self, name: str, portions: Sequence[Portion]) -> None:
         """See `Feed`."""
         self._fill(name, portions)
-        self.not_finite[name] = count_once((portion.box, portion.tensor) for portion in portions)
+        if self.tally.is_new(name, portions[0].box):
+            self.tally.add(name, count_once((portion.box, portion.tensor) for portion in portions))
 
     def _fill(self, name: str, portions: Sequence[Portion]) -> None:
         source = self.sources[name]

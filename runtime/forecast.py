@@ -27,7 +27,7 @@ class Memory:
         resting: most bytes of buffers that rest from chain to chain, at once; part of the peak unless in files.
         filed: bytes in mapped files.
         weights: bytes of weights.
-        rests: the buffers that rest, those first that weigh most where the peak is.
+        rests: the buffers that rest in memory where the peak is, the largest first.
         copies: what is copied though a kernel that writes in place would not.
     """
 
@@ -40,9 +40,13 @@ class Memory:
     copies: tuple[Copy, ...]
 
 
-def forecast(program: Program) -> Memory:
-    """Follow a program's buffers through its steps."""
-    books = _Books(program)
+def forecast(program: Program, files: frozenset[str] = frozenset()) -> Memory:
+    """Follow a program's buffers through its steps.
+
+    Args:
+        files: resting buffers that would lie in files, beside those that do.
+    """
+    books = _Books(program, files)
     for step in program.steps:
         books.act(step.action)
         books.close(step.action.name)
@@ -50,8 +54,7 @@ def forecast(program: Program) -> Memory:
             for home in (books.alive, books.resting):
                 home.pop(name, None)
     weights = sum(t.nbytes for t in program.weights.values())
-    rests = sorted((n for n, s in program.buffers.items() if s.place == "resting"),
-                   key=lambda n: (-books.at_peak.get(n, 0.0), -program.buffers[n].box.size))
+    rests = sorted(books.at_peak, key=lambda n: -books.at_peak[n])
     return Memory(math.ceil(books.peak), books.where, math.ceil(books.most), math.ceil(sum(books.filed.values())),
                   weights, tuple(rests), tuple(Copy(n, math.ceil(b)) for n, b in books.copies.items()))
 
@@ -59,8 +62,9 @@ def forecast(program: Program) -> Memory:
 class _Books:
     """What is alive at the moment, by buffer: in memory, resting there, and resting in files."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, files: frozenset[str]) -> None:
         self.program = program
+        self.files = files
         self.alive: dict[str, float] = {}
         self.resting: dict[str, float] = {}
         self.filed: dict[str, float] = {}
@@ -95,7 +99,7 @@ class _Books:
 
     def _fill(self, action: Action, window: Window) -> None:
         spec = self.program.buffers[window.buffer]
-        if spec.place == "file":
+        if spec.place == "file" or window.buffer in self.files:
             self.filed[window.buffer] = spec.box.size * spec.dtype.itemsize
         elif spec.place == "resting":  # pages are there from the first write
             self.resting[window.buffer] = self.resting.get(window.buffer, 0.0) + _bytes(self.program, window)

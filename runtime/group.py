@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from partitioner.errors import AgreedError, ExecutionError, PartitionError
 from runtime.census import not_finite
-from runtime.feeds import Portion, fill_from_slab, slab_parts
+from runtime.feeds import Portion, Tally, fill_from_slab, slab_parts
 from runtime.volumes import Source
 
 PATIENCE = timedelta(minutes=5)
@@ -251,20 +251,20 @@ class SharedFeed:
         sources: open files; a streamed one only on rank 0, None elsewhere.
         boxes: what every rank owns of each streamed input.
         counted: inputs of which this rank is the first that holds its part.
-        not_finite: per input, how many cells of this part are NaN or infinite; filled while loading.
+        tally: per input, how many cells of this part are NaN or infinite; filled while loading.
     """
 
     sources: dict[str, Source | None]
     boxes: dict[str, Sequence[Any]]
     counted: frozenset[str] = frozenset()
-    not_finite: dict[str, int] = field(default_factory=dict[str, int])
+    tally: Tally = field(default_factory=Tally)
 
     def load(self, name: str, portions: Sequence[Portion]) -> None:
         """See `runtime.feeds.Feed`."""
         (portion,) = portions
         self._fill(name, portion)
-        if name in self.counted:
-            self.not_finite[name] = not_finite(portion.tensor)
+        if name in self.counted and self.tally.is_new(name, portion.box):
+            self.tally.add(name, not_finite(portion.tensor))
 
     def _fill(self, name: str, portion: Portion) -> None:
         if name in self.boxes:

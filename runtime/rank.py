@@ -22,7 +22,8 @@ from runtime.feeds import FileDrain, host_type
 from runtime.group import Place, SharedFeed, agree
 from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
-from runtime.program import localise
+from runtime.overlap import AheadSource, BehindWriter, boxes_read
+from runtime.program import Program, localise
 from runtime.transports.distributed import Distributed
 from runtime.volumes import PartFile, Source, Writer, open_part, open_source
 
@@ -96,15 +97,19 @@ class RankRunner:
     def __init__(self, model: ir.Model, place: Place, device: torch.device, backend: str) -> None:
         self.place = place
         self.device = device
-        lifetimes = find_lifetimes(model)
-        self._program = localise(model, place.rank, lifetimes, storage_on(device, dialect.get_storage(model)))
+        self._model = model
         self._transport = Distributed(device, backend)
-        self._executor = Executor(make_shards([self._program], [device]), self._transport)
+        self._executor = Executor(make_shards([self._localise(frozenset())], [device]), self._transport)
         self._dtypes = {str(v.name): v.dtype for v in model.graph.inputs}
         mesh = dialect.get_mesh(model)
         self._boxes: dict[str, Sequence[Box]] = {
             str(v.name): [dialect.get_layout(v).box(mesh.coordinates(r)) for r in mesh] for v in model.graph.inputs}
         self._counted = frozenset(n for n, boxes in self._boxes.items() if boxes.index(boxes[place.rank]) == place.rank)
+
+    def _localise(self, streamed: frozenset[str]) -> Program:
+        """The program for files of which some can only be read at once."""
+        storage = storage_on(self.device, dialect.get_storage(self._model))
+        return localise(self._model, self.place.rank, find_lifetimes(self._model), storage, streamed)
 
     def run(self, files: RunFiles, progress: Progress | None = None) -> RankReport:
         """Run once over files.
@@ -116,6 +121,10 @@ class RankRunner:
         with contextlib.ExitStack() as stack:
             sources, writers = self._open(files, stack)
             boxes = {name: self._boxes[name] for name in files.streamed}
+            if dialect.get_schedule(self._model) is not None:
+                (shard,) = self._executor.shards
+                shard.program = self._localise(files.streamed)
+                self._overlap(sources, writers, stack, shard.program)
             before = dict(self._transport.traffic.sent), dict(self._transport.traffic.messages)
             start = time.perf_counter()
             with PeakMemory(self.device) as memory:
@@ -127,7 +136,17 @@ class RankRunner:
         rank, traffic = self.place.rank, self._transport.traffic
         return RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
                           traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds,
-                          feed.not_finite)
+                          feed.tally.cells)
+
+    def _overlap(self, sources: Sources, writers: Writers, stack: contextlib.ExitStack, program: Program) -> None:
+        """Read the next slab, and write the last one, while this one is computed."""
+        for name, source in sources.items():
+            if source is not None and source.random_access:
+                ahead = AheadSource(source, boxes_read([program], name))
+                sources[name] = stack.enter_context(ahead)  # pyright: ignore[reportArgumentType]
+        for name, (writer, member) in writers.items():
+            behind = stack.enter_context(BehindWriter(writer))
+            writers[name] = (behind, member)  # pyright: ignore[reportArgumentType]
 
     def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[Sources, Writers]:
         """Open everything, or tell all ranks that it cannot be."""

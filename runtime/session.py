@@ -26,10 +26,12 @@ from runtime.group import check_backend, check_device
 from runtime.launcher import RankPool
 from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
+from runtime.overlap import AheadSource, BehindWriter, boxes_read
 from runtime.program import localise
 from runtime.rank import FileRef, RankReport, RunFiles, guarded
 from runtime.transports.lockstep import Lockstep
-from runtime.volumes import ArraySpec, PartFile, create_sink, open_part, open_source
+from runtime.volumes import ArraySpec, PartFile, Source, create_sink, open_part, open_source
+from runtime.volumes.spool import spooled
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,26 @@ class LockstepRunner:
             for value in self._model.graph.inputs:
                 ref = files.inputs[str(value.name)]
                 assert value.dtype is not None
-                source = open_source(ref.path, ref.member, host_type(value.dtype))
-                sources[str(value.name)] = stack.enter_context(source)
-            writers = {name: (stack.enter_context(open_part(PartFile.from_json(part))), member)
-                       for name, (part, member) in files.outputs.items()}
+                source = stack.enter_context(open_source(ref.path, ref.member, host_type(value.dtype)))
+                sources[str(value.name)] = self._ready(source, str(value.name), stack)
+            writers: dict[str, Any] = {}
+            for name, (part, member) in files.outputs.items():
+                writer = stack.enter_context(open_part(PartFile.from_json(part)))
+                writers[name] = (stack.enter_context(BehindWriter(writer)) if self._slabs else writer, member)
             self._run(FileFeed(sources), FileDrain(writers), progress)
+
+    @property
+    def _slabs(self) -> bool:
+        return dialect.get_schedule(self._model) is not None
+
+    def _ready(self, source: Source, name: str, stack: contextlib.ExitStack) -> Any:
+        """A source that is read slab by slab: a copy of what can only be read at once, the next slab ahead."""
+        if not self._slabs:
+            return source
+        if not source.random_access:
+            source = stack.enter_context(spooled(source))
+        programs = [shard.program for shard in self._executor.shards]
+        return stack.enter_context(AheadSource(source, boxes_read(programs, name)))
 
     def _run(self, feed: Feed, drain: Drain, progress: Progress | None) -> None:
         traffic = self.transport.traffic
@@ -136,7 +153,7 @@ class LockstepRunner:
         ranks = tuple(
             RankReport(rank, traffic.sent.get(rank, 0) - before[0].get(rank, 0),
                        traffic.messages.get(rank, 0) - before[1].get(rank, 0), 0, seconds,
-                       feed.not_finite if rank == 0 and isinstance(feed, FileFeed) else {})
+                       feed.tally.cells if rank == 0 and isinstance(feed, FileFeed) else {})
             for rank in self.transport.ranks)
         self.report = RunReport(ranks, seconds, memory.rise)
 

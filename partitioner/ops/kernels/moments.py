@@ -68,9 +68,8 @@ _BLOCK = 1 << 18
 
 def _has_channels_innermost(x: torch.Tensor, axes: Sequence[int]) -> bool:
     """Whether slices along the first spatial axis are dense matrices of cells by channels."""
-    slices = x[:1, :, :1].movedim(1, -1)
     return (x.device.type == "cpu" and x.dim() in (4, 5) and tuple(axes) == tuple(range(2, x.dim()))
-            and slices.is_contiguous() and not torch.is_grad_enabled())
+            and x[:1, :, :1].movedim(1, -1).is_contiguous() and not torch.is_grad_enabled())
 
 
 def _of_slices(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
