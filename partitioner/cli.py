@@ -125,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "run a model or plan on files")
     _model_options(run, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     run.add_argument("--input", metavar="[NAME=]FILE", action="append", required=True,
-                     help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr (repeat for several inputs; A,B,... "
-                          "for files that hold the channels of one)")
+                     help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr, .tif, or a folder of TIFF or DICOM "
+                          "slices (repeat for several inputs; A,B,... for files that hold the channels of one)")
     run.add_argument("--output", metavar="[NAME=]FILE", action="append", required=True,
-                     help="volume to write, in the same formats (repeat for several outputs)")
+                     help="volume to write, in the same formats but DICOM (repeat for several outputs)")
     run.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else the run is refused)")
     _backend_options(run)
     verify = _command(commands, "verify", _with_operators(_verify),

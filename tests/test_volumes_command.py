@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
+import tifffile
 import zarr
 
 from partitioner.cli import main
 from runtime.volumes import open_source
+from tests.test_volumes_dicom import SERIES, save
 from tests.volumes import values
 
 
@@ -64,3 +67,22 @@ def test_a_url(model: str) -> None:
     command = ["run", model, "--mesh", "depth=2", "--input", "memory://command/in.zarr", "--output", "out.zarr"]
     assert main(command) == 0
     np.testing.assert_array_equal(open_source("out.zarr").read(), -values((1, 1, 9, 6, 5)))
+
+
+@pytest.mark.parametrize("backend", ["lockstep", "gloo"])
+def test_from_slices_to_files(model: str, backend: str) -> None:
+    """A DICOM series in, its place in the world out; a stack of the output's pages in again."""
+    stored = values((9, 6, 5), np.int16)
+    save(Path("ct"), stored)
+    run = ["run", model, "--mesh", "depth=2", "--backend", backend, "--input"]
+    assert main([*run, "ct/", "--output", "out.nii.gz"]) == 0
+    np.testing.assert_array_equal(nibabel.load("out.nii.gz").get_fdata(), -stored)
+    with open_source("ct") as source:
+        assert source.meta is not None
+        np.testing.assert_allclose(nibabel.load("out.nii.gz").affine, source.meta.affine)
+    assert main([*run, f"ct:/{SERIES}", "--output", "out.ome.tif"]) == 0
+    Path("pages").mkdir()
+    for number, page in enumerate(tifffile.imread("out.ome.tif")):
+        tifffile.imwrite(f"pages/{number}.tif", page)
+    assert main([*run, "pages", "--output", "again.ome.zarr"]) == 0
+    np.testing.assert_array_equal(open_source("again.ome.zarr").read()[0, 0], stored)

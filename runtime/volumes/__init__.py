@@ -1,4 +1,4 @@
-"""Volume files, read and written part by part: .npy, .npz, .nii, .nii.gz, .h5; .zarr is read.
+"""Volume files, read and written part by part: .npy, .npz, .nii, .nii.gz, .h5, .zarr, .tif; DICOM series are read.
 
     with open_source("ct.nii") as source:                       # (1, 1, x, y, z), float32
         part = source.read(box)                                 # only these cells leave the disk
@@ -10,7 +10,7 @@
     sink.commit()                                               # one process, when all have written
 
 The target appears when `commit` renames the finished file; until then an older file of that name stays.
-A format is one file in `formats/`; the suffix of a path chooses it.
+A format is one file in `formats/`; the suffix of a path chooses it, or what a folder without one holds.
 """
 
 from runtime.volumes.base import ArraySpec, Meta, Source, Span, VolumeFormat, absolute_place
