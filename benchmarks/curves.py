@@ -56,7 +56,7 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: "" if value is None else value for key, value in asdict(row).items()} for row in rows)
-    _replace(path, lambda file: file.write(text.getvalue().encode()))
+    replace_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_table(path: Path) -> list[Row]:
@@ -93,7 +93,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     lower.set(xlabel="step", ylabel="Dice on held-out volumes", ylim=(0, 1))
     lower.axhline(0.9, color="0.75", linewidth=0.8, linestyle="--")
     lower.legend(frameon=False, loc="lower right")
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
@@ -104,7 +104,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return list((sums[ends] - sums[starts]) / (ends - starts))
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def replace_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write beside and rename, so that a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:

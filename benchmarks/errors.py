@@ -1,4 +1,4 @@
-"""The two ways in which a benchmark command fails."""
+"""The ways in which a benchmark command, or a side of it, comes to no figure."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UsageError(Exception):
 
 class SideError(Exception):
     """One side of a case could not be measured; the others go on."""
+
+
+class SideRefusal(Exception):
+    """One side of a case says beforehand that it cannot run, and why; that is a result, not a failure."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.errors import SideError
-from benchmarks.memory import Level, level, sampled
+from benchmarks.errors import SideError, SideRefusal
+from benchmarks.memory import ALLOCATOR, Level, level, sampled
 from benchmarks.peers import Traffic
 from benchmarks.suite import Side
 from benchmarks.worker import Job
@@ -33,7 +33,8 @@ class Sample:
 
     `first_seconds` is the first run (it allocates, and chooses kernels), `seconds` the one after it; the peak
     is the higher of both.  `process_bytes` is the highest rise of any single process.  `counted` is what the
-    transport sent, `forecast` what the plan said; None for a side that has no shards.
+    transport sent, `forecast` what the plan said; None for a side that has no shards.  `opening_bytes` is the peak
+    before the first run, `schedule` the way in which a plan goes through the volume depth-first.
     """
 
     setup_seconds: float
@@ -44,6 +45,8 @@ class Sample:
     process_bytes: int
     counted: Traffic | None
     forecast: Traffic | None
+    opening_bytes: int
+    schedule: str | None
 
     @property
     def rise_bytes(self) -> int:
@@ -62,9 +65,12 @@ def measure(job: Job, side: Side, timeout: float, save: Path | None = None) -> S
 
     Raises:
         SideError: when the process fails or is stuck; nothing of it keeps running.
+        SideRefusal: when the side cannot be had.
     """
     with _worker(job, side, timeout) as worker:
-        opened = worker.reply("open")
+        with sampled(worker.pid) as sampler:
+            opened = worker.opened()
+            opening = sampler.stop()
         time.sleep(_SETTLE_SECONDS)
         idle = level(worker.pid)
         with sampled(worker.pid) as sampler:
@@ -83,7 +89,22 @@ def measure(job: Job, side: Side, timeout: float, save: Path | None = None) -> S
         process_bytes=_largest_rise(idle, peak.private),
         counted=_traffic(second["counted"]),
         forecast=_traffic(opened["forecast"]),
+        opening_bytes=opening.total,
+        schedule=opened["schedule"],
     )
+
+
+def compute(job: Job, side: Side, timeout: float, save: Path) -> None:
+    """Run the side once in a fresh process and keep its output; nothing is measured.
+
+    Raises:
+        SideError: when the process fails or is stuck.
+    """
+    with _worker(job, side, timeout) as worker:
+        worker.opened()
+        worker.ask("run")
+        worker.ask(f"save {save}")
+        worker.quit()
 
 
 def _largest_rise(idle: Level, peak: dict[int, int]) -> int:
@@ -112,6 +133,17 @@ class _Worker:
         """Send a command and wait for its reply."""
         self._send(command)
         return self.reply(command.split(maxsplit=1)[0])
+
+    def opened(self) -> dict[str, Any]:
+        """What the process says when it is ready.
+
+        Raises:
+            SideRefusal: when it will not be.
+        """
+        found = self.reply("open")
+        if "refused" in found:
+            raise SideRefusal(found["refused"])
+        return found
 
     def reply(self, step: str) -> dict[str, Any]:
         """The next reply, to the step named in errors."""
@@ -157,7 +189,8 @@ class _Worker:
 @contextmanager
 def _worker(job: Job, side: Side, timeout: float) -> Generator[_Worker]:
     share = str(max(1, job.threads // side.processes))  # each rank's, where the ranks are processes
-    environment = {**os.environ, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+    settings = ALLOCATOR if job.tight else {}
+    environment = {**os.environ, **settings, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
     command = [sys.executable, "-m", "benchmarks.worker", job.to_json()]
     with (
         tempfile.TemporaryFile() as errors,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,17 @@ class Peak:
 
     total: int
     private: dict[int, int]
+
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 22)}
+"""Settings of glibc's allocator, as variables of the environment: large blocks go back when they are freed."""
+
+
+def give_back_memory() -> None:
+    """Collect garbage and give free pages of this process back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def level(root: int) -> Level:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.errors import SideRefusal
 from benchmarks.models import INPUT_NAME, OUTPUT_NAME
 from benchmarks.suite import Backend, Case, Side
 
@@ -28,7 +29,7 @@ class Traffic:
 
 
 class Runner(Protocol):
-    """A network ready to run, its weights in memory."""
+    """A network ready to run, its weights in memory; what it says of itself by default is that of a whole network."""
 
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits of one forward pass."""
@@ -36,16 +37,24 @@ class Runner(Protocol):
 
     def forecast(self) -> Traffic | None:
         """What the plan predicts; None for a side that predicts nothing."""
-        ...
+        return None
 
     def counted(self) -> Traffic | None:
         """What the last pass counted at the transport; None for a side that sends nothing."""
-        ...
+        return None
+
+    def schedule(self) -> str | None:
+        """How the plan is executed depth-first; None where the volume is taken whole."""
+        return None
 
 
 @contextmanager
-def opened(side: Side, case: Case, model: Path, threads: int) -> Generator[Runner]:
-    """The side's runner, using `threads` threads in all (each process its share)."""
+def opened(side: Side, case: Case, model: Path, threads: int, budget: int | None = None) -> Generator[Runner]:
+    """The side's runner, using `threads` threads in all (each process its share).
+
+    Raises:
+        SideRefusal: when the budget (bytes) is too small, or a package is missing.
+    """
     if case.task == "training":
         from benchmarks.peers_training import opened_training
 
@@ -55,12 +64,16 @@ def opened(side: Side, case: Case, model: Path, threads: int) -> Generator[Runne
         yield _Eager(case, threads)
     elif side.kind == "onnxruntime":
         yield _OnnxRuntime(model, threads)
+    elif side.kind == "sliding window":
+        yield _SlidingWindow(side, case, threads)
+    elif side.kind == "float64":
+        yield _Float64(case, threads)
     else:
-        with _partitioned(side, case, model, threads) as runner:
+        with _partitioned(side, case, model, threads, budget) as runner:
             yield runner
 
 
-class _Eager:
+class _Eager(Runner):
     """The torch module as a user would call it."""
 
     def __init__(self, case: Case, threads: int) -> None:
@@ -74,14 +87,44 @@ class _Eager:
         with self._torch.inference_mode():
             return self._network(self._torch.from_numpy(volume)).numpy()
 
-    def forecast(self) -> None:
-        return None
 
-    def counted(self) -> None:
-        return None
+class _SlidingWindow(_Eager):
+    """The torch module on a window that MONAI slides over the volume, predictions blended by Gaussian weights."""
+
+    def __init__(self, side: Side, case: Case, threads: int) -> None:
+        try:
+            from monai.inferers.inferer import SlidingWindowInferer
+        except ImportError:
+            raise SideRefusal("MONAI is not installed; pip install monai") from None
+        super().__init__(case, threads)
+        assert side.window is not None
+        extents = (side.window.extent,) * (len(case.shape) - 2)
+        self._inferer = SlidingWindowInferer(extents, overlap=side.window.overlap, mode="gaussian")
+
+    def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._torch.inference_mode():
+            return np.asarray(self._inferer(self._torch.from_numpy(volume), self._network))
 
 
-class _OnnxRuntime:
+class _Float64(Runner):
+    """The torch module in float64, what errors are against."""
+
+    def __init__(self, case: Case, threads: int) -> None:
+        import torch
+
+        from benchmarks.float64 import in_float64
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._network = in_float64(case.network.build())
+
+    def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+        """In float64."""
+        with self._torch.inference_mode():
+            return self._network(self._torch.from_numpy(volume).double()).numpy()
+
+
+class _OnnxRuntime(Runner):
     """The exported file in onnxruntime with its default optimisations."""
 
     def __init__(self, model: Path, threads: int) -> None:
@@ -94,18 +137,13 @@ class _OnnxRuntime:
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(self._session.run([OUTPUT_NAME], {INPUT_NAME: volume})[0])
 
-    def forecast(self) -> None:
-        return None
 
-    def counted(self) -> None:
-        return None
-
-
-class _Partitioned:
+class _Partitioned(Runner):
     """The exported file through the toolkit, in a session that stays open."""
 
     def __init__(self, plan: pt.Plan, session: pt.Session, backend: Backend) -> None:
         self._session = session
+        self._schedule = _schedule(plan)
         totals = plan.to_dict()["totals"]
         peak = totals["peak_bytes_lockstep" if backend == "lockstep" else "peak_bytes_max"]
         self._forecast = Traffic(totals["sent_bytes"], totals["messages"], peak)
@@ -122,11 +160,28 @@ class _Partitioned:
         sent = sum(rank.sent_bytes for rank in report.ranks)
         return Traffic(sent, sum(rank.messages for rank in report.ranks), report.peak_bytes)
 
+    def schedule(self) -> str | None:
+        return self._schedule
+
+
+def _schedule(plan: pt.Plan) -> str | None:
+    """The axis, the thickness of slabs in every chain, and how many tensors rest in files: `depth/32,16 2 in files`."""
+    graph = plan.model.graph
+    values = (*graph.inputs, *(value for node in graph for value in node.outputs))
+    filed = sum(value.metadata_props.get("partitioner.rest") == "file" for value in values)
+    found = plan.model.metadata_props.get("partitioner.schedule")
+    return f"{found} {filed} in files" if found and filed else found
+
 
 @contextmanager
-def _partitioned(side: Side, case: Case, model: Path, threads: int) -> Generator[Runner]:
+def _partitioned(side: Side, case: Case, model: Path, threads: int, budget: int | None) -> Generator[Runner]:
     import partitioner as pt
 
-    plan = pt.partition(model, mesh=side.mesh, shapes={INPUT_NAME: case.shape})
+    try:
+        plan = pt.partition(model, mesh=side.mesh, shapes={INPUT_NAME: case.shape}, memory=budget)
+    except pt.PartitionError as error:
+        if budget is None:
+            raise
+        raise SideRefusal(str(error)) from None
     with plan.session(backend=side.backend, threads=max(1, threads // side.processes)) as session:
         yield _Partitioned(plan, session, side.backend)

@@ -50,6 +50,9 @@ class TrainingRunner:
     def counted(self) -> None:
         """A module does not say what it sends."""
 
+    def schedule(self) -> None:
+        """Training is not executed depth-first."""
+
 
 class _Here(TrainingRunner):
     """A module in this process: torch's own, or a plan's with all shards, or with that of this rank."""

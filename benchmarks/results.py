@@ -29,20 +29,28 @@ _PACKAGES = ("partitioner", "torch", "onnx", "onnx_ir", "onnxscript", "onnxrunti
 
 @dataclass
 class SideResult:
-    """A side's samples; its error against the case's first side: max|a-b| / max|b|."""
+    """A side's samples; its error against the case's first side, or against float64: max|a-b| / max|b|.
+
+    Attributes:
+        budget: bytes that the side's processes may hold, for a side with a share.
+        refusal: why the side cannot run, by its own account; unlike a failure, a result.
+    """
 
     side: Side
     samples: list[Sample] = field(default_factory=list)
     difference: float | None = None
     failure: str | None = None
+    budget: int | None = None
+    refusal: str | None = None
 
 
 @dataclass
 class CaseResult:
-    """A case with its sides in order."""
+    """A case with its sides in order, and what else is to be said of it."""
 
     case: Case
     sides: list[SideResult]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -126,9 +134,9 @@ def _cells(result: SideResult) -> Sequence[str]:
     samples = result.samples
     counted, forecast = samples[-1].counted, samples[-1].forecast
     return (
-        _spread([s.seconds for s in samples], 1, 2),
-        _spread([s.rise_bytes for s in samples], 1e6, 0),
-        _spread([s.process_bytes for s in samples], 1e6, 0),
+        spread([s.seconds for s in samples], 1, 2),
+        spread([s.rise_bytes for s in samples], 1e6, 0),
+        spread([s.process_bytes for s in samples], 1e6, 0),
         "" if forecast is None else f"{forecast.rank_bytes / 1e6:.0f}",
         "" if counted is None else f"{counted.sent_bytes / 1e6:.2f}",
         "" if counted is None else str(counted.messages),
@@ -136,7 +144,8 @@ def _cells(result: SideResult) -> Sequence[str]:
     )
 
 
-def _spread(values: Sequence[float], unit: float, digits: int) -> str:
+def spread(values: Sequence[float], unit: float, digits: int) -> str:
+    """The median, and below it the lowest and the highest."""
     low, middle, high = (
         f"{value / unit:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
     )
@@ -151,6 +160,7 @@ def _case_dict(result: CaseResult) -> dict[str, Any]:
         "task": case.task,
         "network": {"kind": type(case.network).__name__, **asdict(case.network)},
         "shape": case.shape,
+        "notes": result.notes,
         "sides": [_side_dict(side) for side in result.sides],
     }
 
@@ -164,11 +174,14 @@ def _side_dict(result: SideResult) -> dict[str, Any]:
         "peak_bytes",
         "rise_bytes",
         "process_bytes",
+        "opening_bytes",
     )
     return {
         **asdict(result.side),
         "difference": result.difference,
         "failure": result.failure,
+        "budget_bytes": result.budget,
+        "refusal": result.refusal,
         "summary": {name: _summary([getattr(s, name) for s in result.samples]) for name in numbers},
         "samples": [asdict(sample) for sample in result.samples],
     }

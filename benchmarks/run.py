@@ -11,10 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from benchmarks.errors import SideError, UsageError
-from benchmarks.measure import measure
+from benchmarks import budgets
+from benchmarks.errors import SideError, SideRefusal, UsageError
+from benchmarks.measure import compute, measure
 from benchmarks.results import CaseResult, Results, SideResult, table
-from benchmarks.suite import Suite, exported
+from benchmarks.suite import FLOAT64, Side, Suite, exported
 from benchmarks.worker import Job
 
 
@@ -29,7 +30,7 @@ class Options:
 
 
 def run_suite(suite: Suite, options: Options, console: Console) -> int:
-    """Measure, print a table per case, and write the JSON after every sample.
+    """Measure, print a table per case, and write the JSON after every sample; under budgets, draw the curve too.
 
     Returns 0, 1 when a side failed, or 130 when interrupted; what is finished is printed and kept.
 
@@ -47,7 +48,12 @@ def run_suite(suite: Suite, options: Options, console: Console) -> int:
         results.interrupted = True
         _save(results, options.output)
     for case in results.cases:
-        console.print(table(case))
+        if case.case.task == "budgets":
+            wide = Console(file=console.file, width=max(console.width, budgets.WIDTH))
+            wide.print(budgets.table(case))
+            _draw(case, options.output, console)
+        else:
+            console.print(table(case))
     console.print(f"{'interrupted; ' if results.interrupted else ''}results in {options.output}")
     if results.interrupted:
         return 130
@@ -62,9 +68,12 @@ def _measure_all(results: Results, options: Options, folder: Path, console: Cons
         for case in results.cases:
             progress.update(task, description=f"{case.case.name}: exporting")
             model = exported(case.case, folder)
+            if case.case.task == "budgets":
+                progress.update(task, description=f"{case.case.name}: computing in float64")
+                _compute_float64(results, case, model, options)
             for repeat in range(options.repeats):
                 for side in case.sides:
-                    if side.failure:
+                    if side.failure or side.refusal:
                         progress.advance(task)
                         continue
                     progress.update(task, description=f"{case.case.name}: {side.side.name}")
@@ -76,18 +85,68 @@ def _measure_all(results: Results, options: Options, folder: Path, console: Cons
 def _measure_side(
     results: Results, case: CaseResult, result: SideResult, model: Path, repeat: int, options: Options
 ) -> None:
-    """One sample; the first one's output is compared with the first side's."""
+    """One sample; the first one's output is compared with the reference."""
     side = result.side
-    job = Job(results.suite.name, case.case.name, side.name, str(model), options.threads)
-    output, reference = (
-        model.with_name(f"{case.case.name}-{name}.npy") for name in (side.name, case.sides[0].side.name)
-    )
+    output, reference = _output(model, case, side), _output(model, case, _reference(case))
     try:
+        if side.share is not None and result.budget is None:
+            result.budget = _budget(case, side.share)
+        job = _job(results, case, side, model, options, result.budget)
         result.samples.append(measure(job, side, options.timeout, None if repeat else output))
         if repeat == 0 and output != reference and reference.exists():
             result.difference = _difference(output, reference)
+    except SideRefusal as refusal:
+        result.refusal = str(refusal)
     except SideError as error:
         result.failure = str(error)
+
+
+def _job(
+    results: Results, case: CaseResult, side: Side, model: Path, options: Options, budget: int | None = None
+) -> Job:
+    tight = case.case.task == "budgets"
+    return Job(results.suite.name, case.case.name, side.name, str(model), options.threads, budget, tight)
+
+
+def _output(model: Path, case: CaseResult, side: Side) -> Path:
+    return model.with_name(f"{case.case.name}-{side.name.replace('/', ' of ')}.npy")
+
+
+def _reference(case: CaseResult) -> Side:
+    return FLOAT64 if case.case.task == "budgets" else case.sides[0].side
+
+
+def _compute_float64(results: Results, case: CaseResult, model: Path, options: Options) -> None:
+    """The reference of errors; without it the sides are measured nevertheless."""
+    job = _job(results, case, FLOAT64, model, options)
+    try:
+        compute(job, FLOAT64, options.timeout, _output(model, case, FLOAT64))
+    except SideError as error:
+        case.notes.append(f"no errors, for the reference in float64 failed: {error}")
+
+
+def _budget(case: CaseResult, share: float) -> int:
+    """The share of what the first side's first process took, over that process idle; for 0 the least possible."""
+    if not share:
+        least = budgets.least(case)
+        if least is None:
+            raise SideRefusal("no budget before it was refused, so what is the least is not known")
+        return least
+    whole = case.sides[0]
+    if not whole.samples:
+        raise SideError(f"there is no budget without a sample of '{whole.side.name}'")
+    return whole.samples[0].idle_bytes + round(share * whole.samples[0].rise_bytes)
+
+
+def _draw(case: CaseResult, output: Path, console: Console) -> None:
+    picture = output.with_name(f"{output.stem}-{case.case.name}.png")
+    try:
+        budgets.draw(case, picture)
+        console.print(f"curve in {picture}")
+    except ImportError:
+        console.print("no curve: matplotlib is not installed; pip install matplotlib")
+    except OSError as error:
+        raise UsageError(f"cannot write {picture}: {error.strerror or error}; choose another --output") from None
 
 
 def _difference(output: Path, reference: Path) -> float:
@@ -104,6 +163,9 @@ def _advance(progress: Progress, task: TaskID, case: str, side: SideResult, repe
     progress.advance(task)
     if side.failure:
         progress.console.print(f"{case}: {side.side.name}: failed: {side.failure}", markup=False)
+        return
+    if side.refusal:
+        progress.console.print(f"{case}: {side.side.name}: refused: {side.refusal}", markup=False)
         return
     sample = side.samples[-1]
     progress.console.print(

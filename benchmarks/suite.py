@@ -12,26 +12,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.errors import UsageError
-from benchmarks.models import ResNetConfig, UNetConfig, export
+from benchmarks.models import Norm, ResNetConfig, UNetConfig, export
 from benchmarks.phantom import CLASS_NAMES, DEFAULT_SHAPE, phantom
 
-Kind: TypeAlias = Literal["torch eager", "onnxruntime", "partitioned"]
+Kind: TypeAlias = Literal["torch eager", "onnxruntime", "partitioned", "sliding window", "float64"]
 Backend: TypeAlias = Literal["lockstep", "gloo"]
-Task: TypeAlias = Literal["inference", "training"]
+Task: TypeAlias = Literal["inference", "training", "budgets"]
 
 # The network of the demo: Hounsfield units go in, so its first step is a soft-tissue window.
 DEMO_NETWORK = UNetConfig(classes=len(CLASS_NAMES), levels=4, base=16, window=(40.0, 200.0))
 
 
 @dataclass(frozen=True)
+class Window:
+    """A cube of `extent` voxels that slides over the volume; neighbours share the part `overlap` of it."""
+
+    extent: int
+    overlap: float
+
+
+@dataclass(frozen=True)
 class Side:
-    """One way of computing a case; `mesh` and `backend` are those of a partitioned side."""
+    """One way of computing a case; `mesh` and `backend` are those of a partitioned side.
+
+    Args:
+        share: a partitioned side's memory budget: this part of what the case's first side takes over its idle
+            process, added to that idle process; 0 for the least that a side refused before it was told to give.
+        window: a sliding window's.
+    """
 
     name: str
     kind: Kind
     mesh: str = "single"
     backend: Backend = "lockstep"
     processes: int = 1
+    share: float | None = None
+    window: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,9 @@ class Case:
     """A network on an input of shape (batch, channels, *spatial), computed by every side.
 
     Args:
-        task: a forward pass, or a whole step of training.
+        task: a forward pass, a whole step of training, or a forward pass under memory budgets; there, errors are
+            against float64, and every process gives freed memory back at once.
+        optional: measured only when it is asked for by name.
     """
 
     name: str
@@ -48,6 +66,7 @@ class Case:
     shape: tuple[int, ...]
     sides: tuple[Side, ...]
     task: Task = "inference"
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,13 @@ class Suite:
     cases: tuple[Case, ...]
 
     def only(self, case: str | None) -> Suite:
-        """The suite with the named case alone, or all of it for None.
+        """The suite with the named case alone, or with all that are not optional for None.
 
         Raises:
             UsageError: for an unknown name.
         """
-        return self if case is None else replace(self, cases=(self.case(case),))
+        usual = tuple(c for c in self.cases if not c.optional)
+        return replace(self, cases=usual if case is None else (self.case(case),))
 
     def case(self, name: str) -> Case:
         """The case of this name.
@@ -97,6 +117,28 @@ TRAINING_RANKS = (
     Side("4 ranks", "partitioned", "depth=2,height=2", "gloo", 4),
     Side("8 ranks", "partitioned", "depth=2,height=2,width=2", "gloo", 8),
 )
+
+WHOLE = Side("whole volume", "partitioned")
+LEAST = Side("least budget", "partitioned", share=0.0)
+BUDGETS = (*(Side(f"budget 1/{n}", "partitioned", share=1 / n) for n in (2, 3, 4, 5, 6)), LEAST)
+WINDOWS = tuple(
+    Side(f"sliding window, {overlap}", "sliding window", window=Window(96, overlap)) for overlap in (0.25, 0.5)
+)
+FLOAT64 = Side("float64", "float64")
+"""What the errors of the sides under budgets are against; no side of any case, and not measured."""
+
+
+def _under_budgets(norm: Norm, extent: int, optional: bool = False) -> Case:
+    return Case(
+        f"{norm}-{extent}",
+        f"3D U-Net, 4 levels, base 16, {norm} norm, max pool; {extent} x {extent} x {extent} voxels",
+        replace(DEMO_NETWORK, norm=norm, down="maxpool"),
+        (1, 1, extent, extent, extent),
+        (WHOLE, *BUDGETS, *PEERS, *WINDOWS),
+        "budgets",
+        optional,
+    )
+
 
 SUITES = (
     Suite(
@@ -158,6 +200,34 @@ SUITES = (
                 (1, 1, 29, 37, 31),
                 TRAINERS + TRAINING_RANKS,
                 "training",
+            ),
+        ),
+    ),
+    Suite(
+        "depth-first",
+        "time against memory: the whole volume, memory budgets, torch eager, onnxruntime and MONAI's sliding window",
+        (
+            *(_under_budgets(norm, extent) for extent in (128, 192) for norm in ("batch", "instance")),
+            *(_under_budgets(norm, 256, optional=True) for norm in ("batch", "instance")),
+        ),
+    ),
+    Suite(
+        "depth-first-smoke",
+        "seconds long: whether budgets are kept or refused and every side agrees, no figure to quote",
+        (
+            Case(
+                "tiny",
+                "3D U-Net, 2 levels, base 8, batch norm; 64 x 60 x 62 voxels",
+                replace(DEMO_NETWORK, levels=2, base=8, norm="batch", down="maxpool"),
+                (1, 1, 64, 60, 62),
+                (
+                    WHOLE,
+                    Side("budget 1/10", "partitioned", share=0.1),
+                    LEAST,
+                    *PEERS,
+                    Side("sliding window, 0.25", "sliding window", window=Window(48, 0.25)),
+                ),
+                "budgets",
             ),
         ),
     ),

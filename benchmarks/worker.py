@@ -3,7 +3,8 @@
 The job names suite, case and side (JSON, see `Job`).  Commands come on standard input, one per line; every
 reply is one line of JSON on standard output.
 
-    (start)      {"setup_seconds": s, "forecast": traffic or null}   network and input are in memory
+    (start)      {"setup_seconds": s, "forecast": traffic or null, "schedule": text or null}
+                 network and input are in memory; or {"refused": why}, and the process ends
     run          {"seconds": s, "counted": traffic or null}          traffic: see `peers.Traffic`
     save PATH    {"saved": PATH}                                     the last output, as .npy
     quit         (the process ends)
@@ -23,19 +24,28 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.errors import SideRefusal
+from benchmarks.memory import give_back_memory
 from benchmarks.peers import Runner, Traffic, opened
-from benchmarks.suite import example_input, find_suite
+from benchmarks.suite import FLOAT64, example_input, find_suite
 
 
 @dataclass(frozen=True)
 class Job:
-    """Which side to open, and with how many threads in all."""
+    """Which side to open, and with how many threads in all.
+
+    Args:
+        budget: bytes that the process may hold, for a side with a share.
+        tight: freed memory goes back at once, so that what is idle holds nothing of the start.
+    """
 
     suite: str
     case: str
     side: str
     model: str
     threads: int
+    budget: int | None = None
+    tight: bool = False
 
     def to_json(self) -> str:
         """The form in which the job is handed to the process."""
@@ -49,13 +59,19 @@ def main(argv: list[str]) -> int:
     replies = _own_standard_output()
     job = Job(**json.loads(argv[0]))
     case = find_suite(job.suite).case(job.case)
-    side = next(side for side in case.sides if side.name == job.side)
+    side = next(side for side in (*case.sides, FLOAT64) if side.name == job.side)
     volume = example_input(case)
     started = time.perf_counter()
-    with opened(side, case, Path(job.model), job.threads) as runner:
-        seconds = time.perf_counter() - started
-        _reply(replies, {"setup_seconds": seconds, "forecast": _plain(runner.forecast())})
-        _obey(runner, volume, replies)
+    try:
+        with opened(side, case, Path(job.model), job.threads, job.budget) as runner:
+            seconds = time.perf_counter() - started
+            if job.tight:
+                give_back_memory()
+            facts = {"forecast": _plain(runner.forecast()), "schedule": runner.schedule()}
+            _reply(replies, {"setup_seconds": seconds, **facts})
+            _obey(runner, volume, replies)
+    except SideRefusal as refusal:
+        _reply(replies, {"refused": str(refusal)})
     return 0
 
 
