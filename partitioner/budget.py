@@ -164,9 +164,12 @@ def _with_files(found: Candidate, program: Program, budget: Budget) -> Iterator[
     """The same slabs with as many resting tensors in files as the budget asks for."""
     allowed = budget.total if budget.resting is None else budget.resting
     shards = budget.shards(found.model)
-    while found.memory.rests and (found.needed > budget.total or found.memory.resting * shards > allowed):
-        files = (*found.files, found.memory.rests[0])
-        found = _candidate(found.model, found.schedule, program, files, budget)
+    while True:
+        over = found.memory.rests if found.needed > budget.total else ()
+        over = found.memory.crowd if found.memory.resting * shards > allowed else over
+        if not over:
+            break
+        found = _candidate(found.model, found.schedule, program, (*found.files, over[0]), budget)
     yield found
 
 

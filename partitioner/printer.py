@@ -45,6 +45,9 @@ def _lines(model: ir.Model) -> Iterator[str]:
     yield f"plan {version}, opset {graph.opset_imports['']}, mesh {mesh} ({ranks}), {dialect.get_storage(model)}"
     if dialect.get_passes(model):
         yield "passes: " + " ".join(dialect.get_passes(model))
+    schedule = dialect.get_schedule(model)
+    if schedule is not None:
+        yield f"schedule: along {schedule.axis}, slabs of {', '.join(map(str, schedule.thickness))} cells"
     weights = [v.const_value for v in graph.initializers.values() if v.const_value is not None and v.uses()]
     count = "1 tensor" if len(weights) == 1 else f"{len(weights)} tensors"
     yield f"weights: {count}, {sum(w.nbytes for w in weights)} bytes"

@@ -37,6 +37,7 @@ def plan_dict(model: ir.Model, cost: PlanCost) -> dict[str, Any]:
         "ranks": mesh.size,
         "passes": list(dialect.get_passes(model)),
         "storage": dialect.get_storage(model),
+        "schedule": _schedule(model),
         "inputs": [_value(v) for v in model.graph.inputs],
         "outputs": [_value(v) for v in model.graph.outputs],
         "nodes": [_node(step, cost) for step in cost.steps],
@@ -53,6 +54,20 @@ def plan_dict(model: ir.Model, cost: PlanCost) -> dict[str, Any]:
         "without_rule": [str(s.node.name) for s in cost.steps if is_fallback(s.node)],
         "replicated": [str(s.node.name) for s in cost.steps if replicated_axes(s.node, cost)],
     }
+
+
+def _schedule(model: ir.Model) -> dict[str, Any] | None:
+    """How the plan is executed depth-first: the axis, the cells of a slab in each chain, what rests in files."""
+    schedule = dialect.get_schedule(model)
+    if schedule is None:
+        return None
+    return {"axis": schedule.axis, "thickness": list(schedule.thickness), "files": filed_values(model)}
+
+
+def filed_values(model: ir.Model) -> list[str]:
+    """The values that lie in mapped files from one chain to a later one."""
+    values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
+    return [str(v.name) for v in values if dialect.rests_in_file(v)]
 
 
 def _value(value: ir.Value) -> dict[str, Any]:
@@ -247,6 +262,12 @@ def _remarks(model: ir.Model, cost: PlanCost) -> list[Text]:
     lines = [Text(f"weights {size_text(cost.weight_bytes)} on every rank; sent in all "
                   f"{size_text(int(cost.sent.sum()))} in {int(cost.messages.sum())} messages; "
                   f"all ranks in one process: {size_text(cost.peak_together)} of activations")]
+    schedule, filed = dialect.get_schedule(model), filed_values(model)
+    if schedule is not None:
+        thickness = sorted(set(schedule.thickness))
+        lines.append(Text(f"depth-first along {schedule.axis}: {len(schedule.thickness)} chains in slabs of "
+                          f"{' or '.join(map(str, thickness))} cells, nothing computed twice; resting in files: "
+                          f"{', '.join(filed) or 'nothing'}"))
     for step in cost.steps:
         if is_gather(step.node):
             value = step.node.inputs[0]

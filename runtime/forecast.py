@@ -28,6 +28,7 @@ class Memory:
         filed: bytes in mapped files.
         weights: bytes of weights.
         rests: the buffers that rest in memory where the peak is, the largest first.
+        crowd: those that rest there when most does.
         copies: what is copied though a kernel that writes in place would not.
     """
 
@@ -37,6 +38,7 @@ class Memory:
     filed: int
     weights: int
     rests: tuple[str, ...]
+    crowd: tuple[str, ...]
     copies: tuple[Copy, ...]
 
 
@@ -54,9 +56,9 @@ def forecast(program: Program, files: frozenset[str] = frozenset()) -> Memory:
             for home in (books.alive, books.resting):
                 home.pop(name, None)
     weights = sum(t.nbytes for t in program.weights.values())
-    rests = sorted(books.at_peak, key=lambda n: -books.at_peak[n])
+    rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (books.at_peak, books.at_most))
     return Memory(math.ceil(books.peak), books.where, math.ceil(books.most), math.ceil(sum(books.filed.values())),
-                  weights, tuple(rests), tuple(Copy(n, math.ceil(b)) for n, b in books.copies.items()))
+                  weights, rests, crowd, tuple(Copy(n, math.ceil(b)) for n, b in books.copies.items()))
 
 
 class _Books:
@@ -70,6 +72,7 @@ class _Books:
         self.filed: dict[str, float] = {}
         self.copies: dict[str, float] = {}
         self.at_peak: dict[str, float] = {}
+        self.at_most: dict[str, float] = {}
         self.peak = self.most = self.beside = 0.0
         self.where = ""
 
@@ -93,7 +96,8 @@ class _Books:
         """Note the peak, if it is here."""
         resting = sum(self.resting.values())
         total = sum(self.alive.values()) + resting + self.beside
-        self.most = max(self.most, resting)
+        if resting > self.most:
+            self.most, self.at_most = resting, dict(self.resting)
         if total > self.peak:
             self.peak, self.where, self.at_peak = total, name, dict(self.resting)
 
