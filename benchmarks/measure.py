@@ -34,7 +34,7 @@ class Sample:
     `first_seconds` is the first run (it allocates, and chooses kernels), `seconds` the one after it; the peak
     is the higher of both.  `process_bytes` is the highest rise of any single process.  `counted` is what the
     transport sent, `forecast` what the plan said; None for a side that has no shards.  `opening_bytes` is the peak
-    before the first run, `schedule` the way in which a plan goes through the volume depth-first.
+    while the network is loaded and planned, `schedule` the way in which a plan goes through the volume depth-first.
     """
 
     setup_seconds: float
@@ -68,6 +68,7 @@ def measure(job: Job, side: Side, timeout: float, save: Path | None = None) -> S
         SideRefusal: when the side cannot be had.
     """
     with _worker(job, side, timeout) as worker:
+        worker.reply("input")
         with sampled(worker.pid) as sampler:
             opened = worker.opened()
             opening = sampler.stop()
@@ -101,6 +102,7 @@ def compute(job: Job, side: Side, timeout: float, save: Path) -> None:
         SideError: when the process fails or is stuck.
     """
     with _worker(job, side, timeout) as worker:
+        worker.reply("input")
         worker.opened()
         worker.ask("run")
         worker.ask(f"save {save}")

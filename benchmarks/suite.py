@@ -224,7 +224,7 @@ SUITES = (
                     WHOLE,
                     Side("budget 1/10", "partitioned", share=0.1),
                     LEAST,
-                    *PEERS,
+                    PEERS[1],
                     Side("sliding window, 0.25", "sliding window", window=Window(48, 0.25)),
                 ),
                 "budgets",

@@ -3,8 +3,9 @@
 The job names suite, case and side (JSON, see `Job`).  Commands come on standard input, one per line; every
 reply is one line of JSON on standard output.
 
+    (start)      {"shape": extents}                                  the input is in memory
     (start)      {"setup_seconds": s, "forecast": traffic or null, "schedule": text or null}
-                 network and input are in memory; or {"refused": why}, and the process ends
+                 the network too; or {"refused": why}, and the process ends
     run          {"seconds": s, "counted": traffic or null}          traffic: see `peers.Traffic`
     save PATH    {"saved": PATH}                                     the last output, as .npy
     quit         (the process ends)
@@ -61,6 +62,9 @@ def main(argv: list[str]) -> int:
     case = find_suite(job.suite).case(job.case)
     side = next(side for side in (*case.sides, FLOAT64) if side.name == job.side)
     volume = example_input(case)
+    if job.tight:
+        give_back_memory()
+    _reply(replies, {"shape": volume.shape})
     started = time.perf_counter()
     try:
         with opened(side, case, Path(job.model), job.threads, job.budget) as runner:
