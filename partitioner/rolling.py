@@ -210,11 +210,18 @@ class Chain:
         for value, cells in goal.items():
             upto[value] = max(upto[value], cells)
         for node in reversed(self.nodes):
+            self._keep_step(node, upto)
             for link in self.links[node]:
                 if link.target is not None and upto[link.target]:
                     needed = hull(link.map.needed(Interval(0, upto[link.target])))
                     upto[link.source] = max(upto[link.source], needed.stop)
         return upto
+
+    def _keep_step(self, node: ir.Node, upto: Ends) -> None:
+        """Let outputs of the same extent come as far as the furthest of them: kernels make them at once."""
+        outputs = [v for v in node.outputs if v in self.extent]
+        for value in outputs:
+            upto[value] = max(upto[v] for v in outputs if self.extent[v] == self.extent[value])
 
     def _portions(self, demand: Ends, goal: Ends, done: Ends, taken: Ends,
                   thickness: int) -> Iterator[tuple[Ends, Ends]]:

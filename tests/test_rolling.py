@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from partitioner.loader import load_model
+from tests.architectures import ARCHITECTURES, AXES, INPUT_NAME, export
 from tests.builder import Style, wide
 from tests.drawn import DRAWN, IN_FLOAT32
 from tests.oracle import as_double, close, compile_plan, error, run_lockstep
@@ -52,6 +57,20 @@ def test_networks_slab_by_slab(network: Network, data: st.DataObject) -> None:
 @given(networks(Style(steps=8, convolutional=True)), st.data())
 def test_convolutional_networks_slab_by_slab(network: Network, data: st.DataObject) -> None:
     check_rolled(network, data)
+
+
+@pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if name.startswith("torch/") and a.dims])
+def test_architectures_slab_by_slab(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    export(architecture, tmp_path / "m.onnx", "torchscript", False)
+    model = onnx.load(tmp_path / "m.onnx")
+    inputs = {INPUT_NAME: np.random.default_rng(5).standard_normal(architecture.shape, dtype=np.float32)}
+    whole = run_lockstep(compile_plan(model, None), inputs).outputs
+    for thickness in (3, 8):
+        plan = compile_plan(model, None, rolled=AXES[3 - architecture.dims], thickness=thickness)
+        found = run_lockstep(plan, inputs).outputs
+        for output, expected in whole.items():
+            assert close(found[output], expected, 5e-6), f"{output}: error {error(found[output], expected)}"
 
 
 @pytest.mark.slow
