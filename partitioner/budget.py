@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from partitioner import dialect
 from partitioner.cost import cells
@@ -27,8 +28,11 @@ from runtime.program import Program, localise
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
-RESERVE = 64 * 2**20
-"""Bytes that libraries take while they work: packed weights, threads' scratch memory, the allocator's own."""
+RESERVE = 24 * 2**20
+"""Bytes that libraries take while they work: packed weights, the allocator's own."""
+
+PER_THREAD = 4 * 2**20
+"""Bytes of each thread's scratch memory."""
 
 _STEP_SECONDS = 60e-6
 _COPY_BYTES = 5e9
@@ -76,7 +80,7 @@ class Budget:
         """Bytes that are there beside activations and weights: the process as it is, arrays, libraries."""
         values = (*model.graph.inputs, *model.graph.outputs) if self.arrays else ()
         arrays = sum(float(np.prod(dialect.shape_of(v))) * v.dtype.itemsize for v in values if v.dtype is not None)
-        return anonymous_memory() + RESERVE + int(arrays)
+        return anonymous_memory() + RESERVE + PER_THREAD * torch.get_num_threads() + int(arrays)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
                           "slices (repeat for several inputs; A,B,... for files that hold the channels of one)")
     run.add_argument("--output", metavar="[NAME=]FILE", action="append", required=True,
                      help="volume to write, in the same formats but DICOM (repeat for several outputs)")
+    run.add_argument("--resume", action="store_true",
+                     help="save the run every few minutes beside the output, and go on from there when it was stopped")
     run.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else the run is refused)")
     _backend_options(run)
     verify = _command(commands, "verify", _with_operators(_verify),

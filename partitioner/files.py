@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -18,7 +18,8 @@ from partitioner.errors import AgreedError, PartitionError, refuse_all
 if TYPE_CHECKING:
     from runtime.group import Place
     from runtime.rank import RankReport, RunFiles
-    from runtime.session import RunReport
+    from runtime.resume import SavedRun
+    from runtime.session import Runner, RunReport
     from runtime.volumes import Sink, Source
 
 Assignments = Sequence[tuple[str | None, str]]
@@ -205,6 +206,7 @@ class FileRun:
     outputs: Mapping[str, str]
     backend: Backend
     device: str
+    saved: SavedRun | None = None
 
     def run(self, progress: Progress | None = None) -> RunReport:
         """Start what is needed, run, and put every output in its place when all of it is there.
@@ -221,10 +223,39 @@ class FileRun:
             sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
             runner = make_runner(self.plan.model, self.backend, self.device)
             stack.callback(runner.close)
-            with prepared(sinks.values()):
-                runner.run_files(RunFiles(refs, streamed(sources), places), progress)
+            files = RunFiles(refs, streamed(sources), places)
+            if self.saved is not None:
+                self._run_saved(self.saved, runner, sinks, files, progress)
+            else:
+                with prepared(sinks.values()):
+                    runner.run_files(files, progress)
             assert runner.report is not None
             return runner.report
+
+    def _run_saved(self, saved: SavedRun, runner: Runner, sinks: Mapping[str, Sink], files: RunFiles,
+                   progress: Progress | None) -> None:
+        """Go on with a run, or begin one that can be gone on with; what is unfinished stays once it was saved."""
+        from runtime.session import LockstepRunner
+
+        assert isinstance(runner, LockstepRunner)
+        goes_on = saved.goes_on
+        for path, part in saved.saved_parts.items():
+            sinks[path].part = type(sinks[path].part).from_json(part)
+        places = {name: (_part_of(sinks, part), member) for name, (part, member) in files.outputs.items()}
+        try:
+            if not goes_on:
+                for sink in sinks.values():
+                    sink.prepare()
+            saved.begin(self.plan.save, {path: sink.part.to_json() for path, sink in sinks.items()})
+            runner.run_files(replace(files, outputs=places), progress, saved)
+            for sink in sinks.values():
+                sink.commit()
+        except BaseException:
+            if not saved.is_saved:
+                _abort(list(sinks.values()))
+                saved.forsake()
+            raise
+        saved.remove()
 
     def join(self, place: Place, progress: Progress | None = None) -> RunReport | None:
         """Run as one rank of a group that has been joined; rank 0 returns the figures.
@@ -302,6 +333,14 @@ class FileRun:
         check_sources(self.plan, sources)
         refs = {n: FileRef(absolute_place(p), n if n in array_names(p) else None) for n, p in self.inputs.items()}
         return sources, refs
+
+
+def _part_of(sinks: Mapping[str, Sink], part: str) -> str:
+    """The unfinished file of the same output as another that was planned for it."""
+    from runtime.volumes import PartFile
+
+    target = PartFile.from_json(part).target
+    return next(s.part.to_json() for s in sinks.values() if s.part.target == target)
 
 
 def _summary(reports: list[RankReport]) -> RunReport:

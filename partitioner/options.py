@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -20,6 +21,7 @@ from partitioner.files import (
     channels_of,
     check_sources,
     check_targets,
+    file_of,
     name_files,
     open_inputs,
     report_notices,
@@ -28,6 +30,9 @@ from partitioner.files import (
 from partitioner.loader import load_file
 from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.shapes import spatial_rank
+
+if TYPE_CHECKING:
+    from runtime.resume import SavedRun
 
 WORDS = ("preprocess", "channels", "tta", "ensemble", "output_op")
 """The options that put something around the network."""
@@ -254,8 +259,27 @@ def file_run(options: argparse.Namespace, backend: Backend) -> FileRun:
     asked, inputs, shapes = asked_files(options)
     outputs = name_files(_assignments(options.output, asked.output_names), asked.output_names, "output")
     check_targets(inputs, outputs, options.overwrite)
+    saved = _saved_run(options, inputs, outputs, backend)
+    if saved is not None and saved.goes_on:
+        return FileRun(Plan(load_file(saved.plan_file)), inputs, outputs, backend, options.device, saved)
     plan = load_plan(options, asked, None if dialect.is_plan(asked.model) else shapes)
-    return FileRun(plan, inputs, outputs, backend, options.device)
+    return FileRun(plan, inputs, outputs, backend, options.device, saved)
+
+
+def _saved_run(options: argparse.Namespace, inputs: dict[str, str], outputs: dict[str, str],
+               backend: Backend) -> SavedRun | None:
+    """What `--resume` goes on from, or keeps for later."""
+    if not options.resume:
+        return None
+    from runtime.resume import SavedRun
+
+    if backend != "lockstep":
+        raise PartitionError(f"--resume: a run with backend {backend} cannot be saved; leave one of them out")
+    words = {k: v for k, v in vars(options).items() if k not in ("action", "overwrite", "json", "resume")}
+    stamps = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+              for path in (options.model, *map(file_of, inputs.values())) if os.path.exists(path)}
+    first = file_of(next(iter(outputs.values())))
+    return SavedRun(Path(f"{first}.resume"), {"options": words, "files": stamps})
 
 
 def read_all(plan: Plan, files: dict[str, str]) -> dict[str, Any]:

@@ -104,17 +104,20 @@ class Executor:
     shards: Sequence[Shard]
     transport: Transport
 
-    def run(self, feed: Feed, drain: Drain, progress: Progress | None = None) -> None:
+    def run(self, feed: Feed, drain: Drain, progress: Progress | None = None, first: int = 0,
+            after: Callable[[int], None] | None = None) -> None:
         """Run every step once.
 
         Args:
             feed: where the inputs come from.
             drain: where the outputs go.
             progress: called after each step.
+            first: the step to begin with, when those before it have been run.
+            after: called with the next step's number after each step.
         """
         count = len(self.shards[0].program.steps)
         with torch.inference_mode():
-            for index in range(count):
+            for index in range(first, count):
                 steps = [shard.program.steps[index] for shard in self.shards]
                 self._act([step.action for step in steps], feed, drain)
                 for shard, step in zip(self.shards, steps, strict=True):
@@ -122,6 +125,8 @@ class Executor:
                         shard.buffers.pop(name, None)
                 if progress is not None:
                     progress(index + 1, count, steps[0].action.name)
+                if after is not None and index + 1 < count:
+                    after(index + 1)
 
     def _act(self, actions: Sequence[Action], feed: Feed, drain: Drain) -> None:
         pairs = list(zip(self.shards, actions, strict=True))

@@ -12,6 +12,7 @@ import torch
 
 from partitioner.geometry import Box, Interval
 from runtime.census import count_once
+from runtime.overlap import BehindWriter
 from runtime.volumes import Source, Writer
 
 
@@ -121,12 +122,18 @@ class FileFeed:
 class FileDrain:
     """Outputs into files, each portion at its place: writer and array name per output."""
 
-    writers: Mapping[str, tuple[Writer, str | None]]
+    writers: Mapping[str, tuple[Writer | BehindWriter, str | None]]
 
     def store(self, name: str, portion: Portion) -> None:
         """See `Drain`."""
         writer, member = self.writers[name]
         writer.write(portion.slices, to_numpy(portion.tensor), member)
+
+    def settle(self) -> None:
+        """Wait until all that was stored is in the files."""
+        for writer, _ in self.writers.values():
+            if isinstance(writer, BehindWriter):
+                writer.settle()
 
 
 def host_type(dtype: ir.DataType) -> np.dtype[Any]:

@@ -75,10 +75,11 @@ class BehindWriter:
 
     def write(self, box: Slices, values: np.ndarray[Any, Any], name: str | None = None) -> None:
         """See `Writer.write`; raises what went wrong with the box before."""
-        self._settle()
+        self.settle()
         self._pending = self._pool.submit(self._writer.write, box, values.copy(), name)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait for the box that is being written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -90,6 +91,6 @@ class BehindWriter:
                  trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._settle()
+                self.settle()
         finally:
             self._pool.shutdown(cancel_futures=True)

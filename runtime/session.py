@@ -29,6 +29,7 @@ from runtime.monitor import PeakMemory
 from runtime.overlap import AheadSource, BehindWriter, boxes_read
 from runtime.program import localise
 from runtime.rank import FileRef, RankReport, RunFiles, guarded
+from runtime.resume import SavedRun
 from runtime.transports.lockstep import Lockstep
 from runtime.volumes import ArraySpec, PartFile, Source, create_sink, open_part, open_source
 from runtime.volumes.spool import spooled
@@ -109,8 +110,8 @@ class LockstepRunner:
         self._run(ArrayFeed(arrays), ArrayDrain(results), progress)
         return results
 
-    def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
-        """See `Runner`."""
+    def run_files(self, files: RunFiles, progress: Progress | None = None, saved: SavedRun | None = None) -> None:
+        """See `Runner`; with a saved run, it goes on from there and is saved on the way."""
         with contextlib.ExitStack() as stack:
             sources = {}
             for value in self._model.graph.inputs:
@@ -122,7 +123,8 @@ class LockstepRunner:
             for name, (part, member) in files.outputs.items():
                 writer = stack.enter_context(open_part(PartFile.from_json(part)))
                 writers[name] = (stack.enter_context(BehindWriter(writer)) if self._slabs else writer, member)
-            self._run(FileFeed(sources), FileDrain(writers), progress)
+            drain = FileDrain(writers)
+            self._run(FileFeed(sources), drain, progress, saved)
 
     @property
     def _slabs(self) -> bool:
@@ -137,13 +139,13 @@ class LockstepRunner:
         programs = [shard.program for shard in self._executor.shards]
         return stack.enter_context(AheadSource(source, boxes_read(programs, name)))
 
-    def _run(self, feed: Feed, drain: Drain, progress: Progress | None) -> None:
+    def _run(self, feed: Feed, drain: Drain, progress: Progress | None, saved: SavedRun | None = None) -> None:
         traffic = self.transport.traffic
         before = dict(traffic.sent), dict(traffic.messages)
         start = time.perf_counter()
         with PeakMemory(self._devices[0]) as memory, cpu_threads(self._options[2]):
             try:
-                guarded(lambda: self._executor.run(feed, drain, progress))
+                guarded(lambda: self._execute(feed, drain, progress, saved))
             finally:
                 for shard in self._executor.shards:
                     shard.buffers.clear()
@@ -156,6 +158,15 @@ class LockstepRunner:
                        feed.tally.cells if rank == 0 and isinstance(feed, FileFeed) else {})
             for rank in self.transport.ranks)
         self.report = RunReport(ranks, seconds, memory.rise)
+
+    def _execute(self, feed: Feed, drain: Drain, progress: Progress | None, saved: SavedRun | None) -> None:
+        shards = self._executor.shards
+        if saved is None:
+            self._executor.run(feed, drain, progress)
+            return
+        settle = drain.settle if isinstance(drain, FileDrain) else lambda: None
+        self._executor.run(feed, drain, progress, saved.restore(shards),
+                           lambda step: saved.after(step, shards, settle))
 
     def switch(self, model: ir.Model) -> LockstepRunner:
         """See `Runner`."""
