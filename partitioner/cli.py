@@ -352,8 +352,11 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         for item in found.outputs:
             verdict = "ok" if item.passed else "TOO LARGE"
-            _say(f"{item.name}: largest error {item.absolute:.3g}, relative {item.relative:.3g} "
-                 f"(tolerance {item.tolerance:g}) {verdict}")
+            said = f"{item.name}: largest error {item.absolute:.3g}, relative {item.relative:.3g} "
+            if item.differing is not None:
+                said = (f"{item.name}: {item.differing} labels differ, where scores are {item.absolute:.3g} apart at "
+                        f"most, relative {item.relative:.3g} ")
+            _say(f"{said}(tolerance {item.tolerance:g}) {verdict}")
         _say(f"reference: {found.reference}; mesh {plan.mesh}")
     return 0 if found.passed else 1
 
