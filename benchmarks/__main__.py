@@ -1,6 +1,7 @@
 """`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite; `list` names the suites.
 
-`conformance` runs the onnx package's own node tests partitioned; `train` trains a 3D U-Net on shards.
+`seams` shows what a sliding window costs; `conformance` runs the onnx package's own node tests partitioned;
+`train` trains a 3D U-Net on shards.
 """
 
 from __future__ import annotations
@@ -110,6 +111,22 @@ def _train(options: argparse.Namespace) -> int:
     return run_train(chosen, options.arguments)
 
 
+def _seams(options: argparse.Namespace) -> int:
+    from benchmarks.seams import Seams, run_seams
+
+    chosen = Seams(
+        size=_at_least(16, "--size", options.size),
+        window=_at_least(8, "--window", options.window),
+        overlap=options.overlap,
+        blend=options.blend,
+        memory=options.memory,
+        base=_at_least(1, "--base", options.base),
+        train_steps=_at_least(0, "--train-steps", options.train_steps),
+        output=options.output,
+    )
+    return run_seams(chosen, Console())
+
+
 def _at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise UsageError(f"{name} {value}: at least {least} is needed")
@@ -127,6 +144,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--base", type=int, default=16, help="filters at the finest level")
     demo.add_argument("--train-steps", type=int, default=30, help="0: random weights, a meaningless picture")
     demo.set_defaults(command=_demo)
+
+    seams = commands.add_parser("seams", help="MONAI's sliding window beside the whole volume, and a picture of both")
+    seams.add_argument("--size", type=int, default=96, help="voxels along each axis of the volume")
+    seams.add_argument("--window", type=int, default=48, help="voxels along each axis of a window")
+    seams.add_argument("--overlap", type=float, default=0.25, help="of neighbouring windows, as a share of one")
+    seams.add_argument("--blend", choices=("constant", "gaussian"), default="constant",
+                       help="weights where windows overlap")
+    seams.add_argument("--memory", help="budget of the whole volume's run, as 2GiB (default: none)")
+    seams.add_argument("--base", type=int, default=16, help="filters at the finest level")
+    seams.add_argument("--train-steps", type=int, default=30, help="0: random weights, a meaningless picture")
+    seams.add_argument("--output", type=Path, default=Path("seams.png"), help="the picture")
+    seams.set_defaults(command=_seams)
 
     run = commands.add_parser("run", help="measure a suite")
     run.add_argument("--suite", required=True, help="see: python -m benchmarks list")

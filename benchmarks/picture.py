@@ -92,7 +92,7 @@ def draw(
     left.set_title(f"scan, {_AXIS_NAMES[place.axis]} {place.index} (Hounsfield units {low} to {high})")
     right.set_title("predicted class, computed by the shards")
     figure.suptitle(title)
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,12 @@ def _draw_borders(panel: Axes, cuts: Sequence[Sequence[int]], place: Slice) -> N
         )  # fmt: skip
 
 
-def _save(figure: Figure, target: Path) -> Path:
+def save(figure: Figure, target: Path) -> Path:
+    """Write a figure as PNG, and leave no half-written file behind.
+
+    Raises:
+        OSError: when the path cannot be written.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{uuid.uuid4().hex}.png")
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partitioner import monai
     from partitioner.api import Plan, Session, load, partition
     from partitioner.errors import ExecutionError, PartitionError
     from partitioner.mesh import Mesh
@@ -34,10 +35,10 @@ _HOMES = {
 }
 
 _MODULES = {"checkpoint": "runtime.training.checkpoint", "data": "runtime.training.data",
-            "losses": "runtime.training.losses"}
+            "losses": "runtime.training.losses", "monai": "partitioner.monai"}
 
 __all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "checkpoint", "data",
-           "load", "load_operators", "losses", "partition"]
+           "load", "load_operators", "losses", "monai", "partition"]
 
 
 def __getattr__(name: str) -> Any:

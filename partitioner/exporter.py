@@ -7,7 +7,8 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,12 +47,82 @@ def export_module(module: Any, example: Any, train: bool = False) -> tuple[ir.Mo
     if other is not None:
         raise PartitionError(f"the example input is a {other}; give a torch tensor, or a tuple of them")
     with _mode(module, train), _as_plain_dropouts(module) if train else contextlib.nullcontext(frozenset()) as whole:
-        model = ir.from_proto(_export(module, examples, optimize=not train))
+        model = ir.from_proto(_export(module, examples, not train, (_open_axes(examples), None),
+                                      type(module).__name__))
     if train:
         _mark_dropouts(model, whole)
         _drop_made_biases(model)
     shapes = {str(v.name): tuple(int(n) for n in e.shape) for v, e in zip(model.graph.inputs, examples, strict=True)}
     return model, shapes
+
+
+def export_call(module: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> tuple[ir.Model, Rebuild]:
+    """Export one call of a module in eval mode: for these extents alone, whatever the module returns.
+
+    Args:
+        module: a `torch.nn.Module`; left as it was.
+        inputs: positional tensors; the graph's inputs are `inputs`, `argument_1`, ...
+        named: tensors by keyword; they keep their names.
+
+    Returns:
+        the model, and the function that makes of the graph's outputs, in order, what the module returns.
+
+    Raises:
+        PartitionError: when torch cannot export the module, or it returns no tensor.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    seen: list[tuple[list[Any], Any]] = []
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = module
+
+        def forward(self, *tensors: Any) -> tuple[Any, ...]:
+            first = tensors[: len(inputs)]
+            found = self.network(*first, **dict(zip(named, tensors[len(inputs) :], strict=True)))
+            leaves, structure = pytree.tree_flatten(found)
+            results = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
+            places = {id(result): index for index, result in enumerate(results)}
+            seen.append(([_Place(places[id(n)]) if id(n) in places else n for n in leaves], structure))
+            return tuple(results)
+
+    names = ("inputs", *(f"argument_{i}" for i in range(1, len(inputs))), *named)
+    with _mode(module, False):
+        proto = _export(Call(), (*inputs, *named.values()), True, (None,), type(module).__name__, names)
+    model = ir.from_proto(proto)
+    leaves, structure = seen[-1]
+    if not len(model.graph.outputs):
+        raise PartitionError(f"{type(module).__name__} returns no tensor; give a network that does")
+    _name_outputs(model, pytree.tree_unflatten(leaves, structure))
+    return model, lambda results: pytree.tree_unflatten(
+        [results[n.index] if isinstance(n, _Place) else n for n in leaves], structure)
+
+
+Rebuild = Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an output of the graph belongs in what the module returns."""
+
+    index: int
+
+
+def _name_outputs(model: ir.Model, returned: Any) -> None:
+    """Outputs take the keys of a dict, so that the user can name them; where these are taken they keep theirs."""
+    if not isinstance(returned, Mapping):
+        return
+    taken = {v.name for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    taken |= {v.name for node in model.graph for v in node.outputs}
+    for key, place in returned.items():
+        if isinstance(key, str) and isinstance(place, _Place) and key and key not in taken:
+            value = model.graph.outputs[place.index]
+            if value.producer() is not None and not value.is_graph_input():
+                value.name = key
+                taken.add(key)
 
 
 @contextlib.contextmanager
@@ -144,21 +215,29 @@ def _took_norm(node: ir.Node) -> bool:
     return weight is not None and re.fullmatch(r"onnx::Conv(Transpose)?_\d+", str(weight.name)) is not None
 
 
-def _export(module: Any, examples: tuple[Any, ...], optimize: bool) -> Any:
+def _export(module: Any, examples: tuple[Any, ...], optimize: bool, extents: Sequence[Any], what: str,
+            names: Sequence[str] | None = None) -> Any:
+    """The first export that works, with each choice of open axes in turn."""
     import torch
 
-    open_axes = tuple({a: torch.export.Dim.AUTO for a in range(2, e.dim())} for e in examples)
     reason = ""
-    for dynamic in (open_axes, None):
+    for dynamic in extents:
         try:
             with _quiet():
                 found = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=dynamic, optimize=optimize,
-                                          verbose=False)
+                                          verbose=False, input_names=names)
             assert found is not None
             return found.model_proto
         except Exception as error:
             reason = _reason(error)
-    raise PartitionError(f"torch.onnx cannot export {type(module).__name__}: {reason[:200]}")
+    raise PartitionError(f"torch.onnx cannot export {what}: {reason[:200]}")
+
+
+def _open_axes(examples: Sequence[Any]) -> Any:
+    """Spatial axes, open where the network allows it."""
+    import torch
+
+    return tuple({a: torch.export.Dim.AUTO for a in range(2, e.dim())} for e in examples)
 
 
 def _reason(error: BaseException) -> str:
