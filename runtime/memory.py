@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from partitioner.errors import ExecutionError
 from partitioner.ops.dtypes import torch_dtype
 from runtime.program import BufferSpec, Window
 
@@ -60,15 +61,28 @@ def _map(spec: BufferSpec, dtype: torch.dtype, storage: str) -> torch.Tensor:
     order = storage_order(storage, len(spec.box.shape))
     count = spec.box.size
     if spec.place == "file":
-        with tempfile.TemporaryFile(prefix="partitioner-") as file:
-            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-            pages = _Mapping(file.fileno(), count * dtype.itemsize)
+        pages = _map_file(count * dtype.itemsize)
     else:
         pages = _Mapping(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     stored = torch.frombuffer(pages, dtype=dtype, count=count).view([spec.box.shape[a] for a in order])
     tensor = stored.permute([order.index(a) for a in range(len(order))])
     _PAGES[tensor.data_ptr()] = pages
     return tensor
+
+
+def _map_file(nbytes: int) -> _Mapping:
+    """Pages of a file without a name, its space taken now: no later write finds the disk full.
+
+    Raises:
+        ExecutionError: no room for it.
+    """
+    try:
+        with tempfile.TemporaryFile(prefix="partitioner-") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return _Mapping(file.fileno(), nbytes)
+    except OSError as error:
+        raise ExecutionError(f"{tempfile.gettempdir()}: no room for {nbytes} bytes of a resting tensor "
+                             f"({error.strerror}); set TMPDIR to a folder with room, or give more memory") from None
 
 
 _PAGES: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from partitioner.errors import PartitionError
+from partitioner.errors import ExecutionError, PartitionError
 from runtime.memory import allocate_buffer
 
 if TYPE_CHECKING:
@@ -122,8 +122,14 @@ class SavedRun:
         settle()
         state = {"step": step, "parts": self.parts, "buffers": [dict(shard.buffers) for shard in shards]}
         beside = self.folder / "state.pt.part"
-        torch.save(state, beside)
-        beside.replace(self.folder / "state.pt")
+        try:
+            torch.save(state, beside)
+            beside.replace(self.folder / "state.pt")
+        except (OSError, RuntimeError) as error:  # torch has no type of its own for a full disk
+            beside.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0][:120]
+            raise ExecutionError(f"{self.folder}: the run cannot be saved ({reason}); free some space, or run without "
+                                 "--resume") from None
         self._next = time.monotonic() + self._every
 
     def remove(self) -> None:

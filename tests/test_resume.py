@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -14,7 +17,10 @@ from partitioner.api import Plan
 from partitioner.cli import main
 from partitioner.exporter import export_module
 from partitioner.files import FileRun
+from partitioner.geometry import Box
 from partitioner.loader import load_file, save_model
+from runtime.memory import allocate_buffer
+from runtime.program import BufferSpec
 from runtime.resume import SavedRun
 
 SHAPE = (1, 1, 33, 22, 27)
@@ -119,3 +125,32 @@ def test_the_command(place: Path, capsys) -> None:
     assert sorted(p.name for p in place.iterdir()) == ["net.onnx", "x.npy", "y.npy"]
     assert main([*words, "--overwrite", "--mesh", "depth=2", "--backend", "gloo"]) == 2
     assert "--resume: a run with backend gloo cannot be saved" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_the_last_save_stays(place: Path, monkeypatch) -> None:
+    plan = scheduled(place)
+    with pytest.raises(Stopped):
+        run(place, plan, SavedRun(place / "y.npy.resume", REQUEST), 30)
+    save = torch.save
+
+    def full(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(pt.ExecutionError, match=r"the run cannot be saved .*free some space"):
+        run(place, plan, SavedRun(place / "y.npy.resume", REQUEST))
+    monkeypatch.setattr(torch, "save", save)
+    assert not (place / "y.npy.resume" / "state.pt.part").exists()
+    found = run(place, plan, SavedRun(place / "y.npy.resume", REQUEST))
+    assert np.array_equal(found, run(place, plan, None, name="expected.npy"))
+
+
+def test_no_room_for_resting_tensors_is_told(monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    spec = BufferSpec("x", Box.whole((1, 1, 128, 128, 128)), ir.DataType.FLOAT, "file", 2)
+    with pytest.raises(pt.ExecutionError, match=r"no room for 8388608 bytes of a resting tensor .*set TMPDIR"):
+        allocate_buffer(spec, torch.device("cpu"), "channels_last", False)
