@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from partitioner import __version__
+from partitioner.console import (
+    ProgressBar,
+    Unwritable,
+    complain,
+    console,
+    print_json,
+    say,
+    speaks_for_all,
+    vars_of,
+    write,
+)
 from partitioner.errors import AgreedError, ExecutionError, PartitionError
+from partitioner.running import load_named_operators, run_files
 from partitioner.signals import Ended, orderly_end
-
-if TYPE_CHECKING:
-    from partitioner.api import Backend, Progress
-    from partitioner.files import FileRun
-    from runtime.group import Place
-    from runtime.session import RunReport
 
 EXAMPLES = """examples:
   partition plan unet3d.onnx --mesh depth=2,height=2 --shape volume=1x1x121x160x143
@@ -53,57 +58,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with orderly_end():
             return options.action(options)
     except AgreedError as error:
-        return _complain(error, 2) if _speaks_for_all() else 2
+        return complain(error, 2) if speaks_for_all() else 2
     except PartitionError as error:
-        return _complain(error, 2)
+        return complain(error, 2)
     except ExecutionError as error:
-        return _complain(error, 1)
+        return complain(error, 1)
     except Ended as end:
-        return _complain(f"{end.reason}; no output was written", end.code)
+        return complain(f"{end.reason}; no output was written", end.code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except _Unwritable as error:
+    except Unwritable as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _complain(f"the standard output cannot be written ({error}); redirect it elsewhere", 1)
+        return complain(f"the standard output cannot be written ({error}); redirect it elsewhere", 1)
     except Exception as error:
         if os.environ.get("PARTITIONER_TRACEBACK"):
             raise
         line = (str(error).strip().splitlines() or ["no reason given"])[0]
-        return _complain(f"internal error: {type(error).__name__}: {line[:300]}; "
+        return complain(f"internal error: {type(error).__name__}: {line[:300]}; "
                          "set PARTITIONER_TRACEBACK=1 for the details and report it", 1)
-
-
-class _Unwritable(Exception):
-    """The standard output takes nothing more."""
-
-
-def _load_operators(names: Sequence[str]) -> None:
-    if names:
-        from partitioner.ops.plugins import load_operators
-
-        for name in names:
-            load_operators(name)
 
 
 def _with_operators(action: Action) -> Action:
     """The action, after the user's own operators have been imported."""
     def act(options: argparse.Namespace) -> int:
-        _load_operators(options.operators)
+        load_named_operators(options.operators)
         return action(options)
 
     return act
-
-
-def _speaks_for_all() -> bool:
-    """Whether this rank says what all ranks of the group found."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-def _complain(error: Exception | str, code: int) -> int:
-    for line in str(error).splitlines():
-        sys.stderr.write(f"partition: {line}\n")
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,13 +104,15 @@ def _parser() -> argparse.ArgumentParser:
                           help="plan: one node for all shards (default); devices: every device's own nodes, up to 64; "
                                "text: the printed form")
     compile_.add_argument("--dump-dir", metavar="DIR", help="write a numbered ONNX file after every pass")
-    run = _command(commands, "run", _run, "run a model or plan on files")
+    run = _command(commands, "run", run_files, "run a model or plan on files")
     _model_options(run, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     run.add_argument("--input", metavar="[NAME=]FILE", action="append", required=True,
                      help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr, .tif, or a folder of TIFF or DICOM "
-                          "slices (repeat for several inputs; A,B,... for files that hold the channels of one)")
+                          "slices (repeat for several inputs; A,B,... for files that hold the channels of one); of a "
+                          "folder of volumes each is a case")
     run.add_argument("--output", metavar="[NAME=]FILE", action="append", required=True,
-                     help="volume to write, in the same formats but DICOM (repeat for several outputs)")
+                     help="volume to write, in the same formats but DICOM (repeat for several outputs); of cases a "
+                          "folder")
     run.add_argument("--resume", action="store_true",
                      help="save the run every few minutes beside the output, and go on from there when it was stopped")
     run.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else the run is refused)")
@@ -205,15 +189,15 @@ def _plan(options: argparse.Namespace) -> int:
 
     plan = load_plan(options)
     if options.json:
-        _print_json(plan.to_dict())
+        print_json(plan.to_dict())
         return 0
     try:
-        _console().print(render(plan.model, plan.cost))
+        console().print(render(plan.model, plan.cost))
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise _Unwritable(error.strerror or str(error)) from None
+        raise Unwritable(error.strerror or str(error)) from None
     return 0
 
 
@@ -228,7 +212,7 @@ def _compile(options: argparse.Namespace) -> int:
         raise PartitionError("compile: name the file to write with -o FILE")
     plan = load_plan(options)
     if target is None:
-        _write(plan.to_text())
+        write(plan.to_text())
         return 0
     if options.emit == "text":
         write_text(Path(target), plan.to_text())
@@ -236,96 +220,8 @@ def _compile(options: argparse.Namespace) -> int:
         save_model(plan.expand(), Path(target))
     else:
         plan.save(target)
-    _say(f"wrote {target}")
+    say(f"wrote {target}")
     return 0
-
-
-def _run(options: argparse.Namespace) -> int:
-    from partitioner.options import file_run
-    from runtime.allocator import keep_memory_tight
-    from runtime.group import place_from_environment
-
-    keep_memory_tight()
-    place = place_from_environment()
-    if place is not None and place.size > 1 and options.backend == "lockstep":
-        raise AgreedError("backend lockstep runs all shards in one process; start it without torchrun or srun")
-    if place is not None and options.backend != "lockstep":
-        return _join(options, place)
-    _load_operators(options.operators)
-    backend = options.backend or "lockstep"
-    job = file_run(options, backend)
-    with _progress(options, True) as progress:
-        report = job.run(progress)
-    _report_run(options, job, report)
-    return 0
-
-
-def _join(options: argparse.Namespace, place: Place) -> int:
-    """One rank of a group; whatever is wrong on one rank, all ranks learn before the work starts."""
-    from runtime import group
-
-    backend = options.backend or ("nccl" if options.device.startswith("cuda") else "gloo")
-    problem: str | None = None
-    try:
-        group.check_backend(backend, options.device, 1)
-    except PartitionError as error:
-        problem = str(error)
-    group.join(place, backend if problem is None else "gloo")
-    try:
-        group.agree(problem)
-        job, report = _work(options, backend, place)
-    finally:
-        group.leave()
-    if report is not None:
-        _report_run(options, job, report)
-    return 0
-
-
-def _work(options: argparse.Namespace, backend: Backend, place: Place) -> tuple[FileRun, RunReport | None]:
-    """The run itself, in a group that has been joined."""
-    from partitioner.options import file_run
-    from runtime import group
-
-    job: FileRun | None = None
-    problem: str | None = None
-    try:
-        _load_operators(options.operators)
-        job = file_run(options, backend)
-    except PartitionError as error:
-        problem = str(error)
-    group.agree(problem)
-    assert job is not None
-    with _progress(options, place.rank == 0) as progress:
-        return job, job.join(place, progress)
-
-
-def _report_run(options: argparse.Namespace, job: FileRun, report: RunReport) -> None:
-    from partitioner.report import size_text
-
-    cost = job.plan.cost
-    for name, count in report.not_finite.items():
-        said = ("1 voxel is", "it spreads") if count == 1 else (f"{count} voxels are", "they spread")
-        sys.stderr.write(f"partition: note: {job.inputs[name]}: {said[0]} NaN or infinite; {said[1]} as the network "
-                         "has it\n")
-    if options.json:
-        _print_json({
-            "outputs": dict(job.outputs), "backend": job.backend, "mesh": dict(job.plan.mesh.axes),
-            "seconds": report.seconds, "peak_bytes": report.peak_bytes,
-            "predicted_peak_bytes": cost.peak_together if job.backend == "lockstep" else int(cost.peak.max(initial=0)),
-            "predicted_sent_bytes": [int(n) for n in cost.sent.reshape(-1)],
-            "not_finite": report.not_finite, "ranks": [vars_of(r) for r in report.ranks]})
-        return
-    sent = sum(r.sent_bytes for r in report.ranks)
-    _say(f"wrote {', '.join(dict.fromkeys(job.outputs.values()))} in {report.seconds:.2f} s; "
-         f"{size_text(sent)} in {sum(r.messages for r in report.ranks)} messages; "
-         f"peak {size_text(report.peak_bytes)} {'in this process' if job.backend == 'lockstep' else 'on a rank'}")
-
-
-def vars_of(record: Any) -> dict[str, Any]:
-    """A dataclass as a dict."""
-    from dataclasses import asdict
-
-    return asdict(record)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -344,10 +240,10 @@ def _verify(options: argparse.Namespace) -> int:
         arrays = read_all(plan, files)
     else:
         plan = load_plan(options)
-    with _progress(options, True) as progress:
+    with ProgressBar(options, True) as progress:
         found = verify(plan, arrays, options.backend or "lockstep", options.device, options.tolerance, progress)
     if options.json:
-        _print_json({"passed": found.passed, "reference": found.reference, "mesh": dict(plan.mesh.axes),
+        print_json({"passed": found.passed, "reference": found.reference, "mesh": dict(plan.mesh.axes),
                      "outputs": [{**_finite(vars_of(o)), "passed": o.passed} for o in found.outputs]})
     else:
         for item in found.outputs:
@@ -356,65 +252,14 @@ def _verify(options: argparse.Namespace) -> int:
             if item.differing is not None:
                 said = (f"{item.name}: {item.differing} labels differ, where scores are {item.absolute:.3g} apart at "
                         f"most, relative {item.relative:.3g} ")
-            _say(f"{said}(tolerance {item.tolerance:g}) {verdict}")
-        _say(f"reference: {found.reference}; mesh {plan.mesh}")
+            say(f"{said}(tolerance {item.tolerance:g}) {verdict}")
+        say(f"reference: {found.reference}; mesh {plan.mesh}")
     return 0 if found.passed else 1
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """The same with null for what JSON has no number for."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=160, no_color=True)
-
-
-def _say(text: str) -> None:
-    _write(text + "\n")
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise _Unwritable(error.strerror or str(error)) from None
-
-
-def _print_json(data: Any) -> None:
-    _write(json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-class _progress:
-    """A progress bar on a terminal; nothing elsewhere."""
-
-    def __init__(self, options: argparse.Namespace, wanted: bool) -> None:
-        self._bar: Any = None
-        self._wanted = wanted and not options.json and sys.stderr.isatty()
-
-    def __enter__(self) -> Progress | None:
-        if not self._wanted:
-            return None
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-        self._bar = Bar(console=Console(stderr=True), transient=True)
-        self._bar.start()
-        task = self._bar.add_task("starting", total=None)
-
-        def show(done: int, count: int, name: str) -> None:
-            self._bar.update(task, completed=done, total=count, description=name[:40])
-
-        return show
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 if __name__ == "__main__":

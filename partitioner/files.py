@@ -106,7 +106,7 @@ def check_targets(inputs: Mapping[str, str], outputs: Mapping[str, str], overwri
 def file_of(path: str) -> str:
     """The file of `scan.h5:/labels`; other paths as they are."""
     file, inside, _ = path.partition(":/")
-    return file if inside and not os.path.exists(path) else path
+    return file if inside and "://" not in path and not os.path.exists(path) else path
 
 
 def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> dict[str, Source]:
@@ -208,8 +208,11 @@ class FileRun:
     device: str
     saved: SavedRun | None = None
 
-    def run(self, progress: Progress | None = None) -> RunReport:
+    def run(self, progress: Progress | None = None, shared: Runner | None = None) -> RunReport:
         """Start what is needed, run, and put every output in its place when all of it is there.
+
+        Args:
+            shared: a runner of this plan, which stays open.
 
         Raises:
             PartitionError: for files that do not fit; nothing is written then.
@@ -221,8 +224,9 @@ class FileRun:
         with contextlib.ExitStack() as stack:
             sources, refs = self._sources(stack)
             sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
-            runner = make_runner(self.plan.model, self.backend, self.device)
-            stack.callback(runner.close)
+            runner = make_runner(self.plan.model, self.backend, self.device) if shared is None else shared
+            if shared is None:
+                stack.callback(runner.close)
             files = RunFiles(refs, streamed(sources), places)
             if self.saved is not None:
                 self._run_saved(self.saved, runner, sinks, files, progress)

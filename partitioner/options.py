@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.api import Backend, Plan, budget_of, check_plan
+from partitioner.api import KEPT_PLANS, Backend, Plan, budget_of, check_plan
 from partitioner.axes import axis_extents, named_axes
 from partitioner.compose import Wrapping, compose, equal_counts, input_channel_axis, part_names
 from partitioner.errors import PartitionError
@@ -219,13 +220,41 @@ def _heads(asked: Asked) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def asked_files(options: argparse.Namespace) -> tuple[Asked, dict[str, str], dict[str, tuple[int, ...]]]:
+@dataclass
+class Known:
+    """What was read and planned for earlier files of the same options."""
+
+    base: ir.Model | None = None
+    asked: dict[tuple[tuple[str, tuple[int, ...]], ...], Asked] = field(default_factory=dict[Any, Asked])
+    plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict[Any, Plan])
+
+    def model(self, options: argparse.Namespace, channels: Mapping[str, tuple[int, ...]]) -> Asked:
+        """See `asked_model`."""
+        key = tuple(channels.items())
+        if key not in self.asked:
+            self.asked[key] = asked_model(options, self.base, channels)
+        return self.asked[key]
+
+    def plan(self, options: argparse.Namespace, asked: Asked, shapes: dict[str, tuple[int, ...]]) -> Plan:
+        """See `load_plan`; the last few plans are kept."""
+        fixed = dialect.is_plan(asked.model)
+        key = None if fixed else (tuple(asked.channels.items()), tuple(shapes.items()))
+        if key not in self.plans:
+            self.plans[key] = load_plan(options, asked, None if fixed else shapes)
+        self.plans.move_to_end(key)
+        while len(self.plans) > KEPT_PLANS:
+            self.plans.popitem(last=False)
+        return self.plans[key]
+
+
+def asked_files(options: argparse.Namespace, known: Known) -> tuple[
+        Asked, dict[str, str], dict[str, tuple[int, ...]]]:
     """The model, the file of every input, and the extents of the files."""
-    base = load_file(Path(options.model))
+    base = known.base = load_file(Path(options.model)) if known.base is None else known.base
     plain = Asked(base, {})
     given, lists = _expanded(_assignments(options.input, list(dict.fromkeys([*plain.names, *_heads(plain)]))), plain)
     if dialect.is_plan(base):
-        asked = asked_model(options, base)
+        asked = known.model(options, {})
         single = next((head for head, paths in lists.items() if part_names(head, len(paths))[-1] not in asked.names
                        or part_names(head, len(paths) + 1)[-1] in asked.names), None)
         if single is not None:
@@ -236,7 +265,7 @@ def asked_files(options: argparse.Namespace) -> tuple[Asked, dict[str, str], dic
         if unknown is not None:
             raise PartitionError(f"input '{unknown}' is unknown; the model has {', '.join(plain.names)}")
         channels = {head: channels_of(paths, head, input_channel_axis(base, head)) for head, paths in lists.items()}
-        asked = asked_model(options, base, channels)
+        asked = known.model(options, channels)
         given = [pair if pair[0] is not None else next(
             iter(_assignments([pair[1]], asked.names))) for pair in given]
     files = name_files(given, asked.names, "input")
@@ -250,19 +279,21 @@ def asked_files(options: argparse.Namespace) -> tuple[Asked, dict[str, str], dic
 
 def prepare_files(options: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     """The plan and its input files; open axes take their extents from the files."""
-    asked, files, shapes = asked_files(options)
-    return load_plan(options, asked, None if dialect.is_plan(asked.model) else shapes), files
+    known = Known()
+    asked, files, shapes = asked_files(options, known)
+    return known.plan(options, asked, shapes), files
 
 
-def file_run(options: argparse.Namespace, backend: Backend) -> FileRun:
+def file_run(options: argparse.Namespace, backend: Backend, known: Known | None = None) -> FileRun:
     """The run from files to files that the options ask for."""
-    asked, inputs, shapes = asked_files(options)
+    known = Known() if known is None else known
+    asked, inputs, shapes = asked_files(options, known)
     outputs = name_files(_assignments(options.output, asked.output_names), asked.output_names, "output")
     check_targets(inputs, outputs, options.overwrite)
     saved = _saved_run(options, inputs, outputs, backend)
     if saved is not None and saved.goes_on:
         return FileRun(Plan(load_file(saved.plan_file)), inputs, outputs, backend, options.device, saved)
-    plan = load_plan(options, asked, None if dialect.is_plan(asked.model) else shapes)
+    plan = known.plan(options, asked, shapes)
     return FileRun(plan, inputs, outputs, backend, options.device, saved)
 
 

@@ -14,7 +14,7 @@ A format is one file in `formats/`; the suffix of a path chooses it, or what a f
 """
 
 from runtime.volumes.base import ArraySpec, Meta, Source, Span, VolumeFormat, absolute_place
-from runtime.volumes.dispatch import array_names, create_sink, known_suffixes, open_source
+from runtime.volumes.dispatch import array_names, create_sink, is_volume, known_suffixes, open_source
 from runtime.volumes.sinks import PartFile, Sink, Writer, open_part
 from runtime.volumes.spool import spooled
 
@@ -30,6 +30,7 @@ __all__ = [
     "absolute_place",
     "array_names",
     "create_sink",
+    "is_volume",
     "known_suffixes",
     "open_part",
     "open_source",

@@ -48,6 +48,15 @@ def open_source(
     return place.kind.open_source(place.file, place.inside or name, wanted)
 
 
+def is_volume(path: str | Path) -> bool:
+    """Whether a path means a volume by its name, or by what its folder holds."""
+    try:
+        _locate(path)
+    except PartitionError:
+        return False
+    return True
+
+
 def array_names(path: str | Path) -> tuple[str, ...]:
     """Names of the arrays in a file; none for formats that hold one array without a name.
 
