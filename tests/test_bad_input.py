@@ -433,7 +433,7 @@ def files(conv: Path) -> Path:
     np.save(folder / "none.npy", volume((1, 2, 0, 11, 5)))
     np.savez(folder / "two.npz", a=volume(), b=volume())
     (folder / "cut.npy").write_bytes((folder / "x.npy").read_bytes()[:500])
-    (folder / "x.tif").write_bytes(b"II*\0")
+    (folder / "x.png").write_bytes(b"II*\0")
     (folder / "is.npy").mkdir()
     return folder
 
@@ -441,7 +441,7 @@ def files(conv: Path) -> Path:
 @pytest.mark.parametrize(("given", "says"), [
     ("rank.npy", "has 5 axes"), ("longer.npy", "not 1x2x8x11x5"), ("channels.npy", "not 1x3x7x11x5"),
     ("complex.npy", "complex64"), ("scalar.npy", "has 5 axes"), ("none.npy", "1x2x0x11x5"),
-    ("two.npz", "holds a, b, none of them 'x'"), ("cut.npy", "cut short"), ("x.tif", "no known kind"),
+    ("two.npz", "holds a, b, none of them 'x'"), ("cut.npy", "cut short"), ("x.png", "no known kind"),
     ("is.npy", "is a folder"), ("gone.npy", "no such file"), ("z=x.npy", "input 'z' is unknown; the model has x"),
     ("x=", "names no file"), ("", "names no file"), ("=", "unknown"), ("x=gone.npy", "no such file"),
 ])
@@ -489,7 +489,7 @@ def places(conv: Path) -> Path:
 
 @pytest.mark.parametrize(("target", "says"), [
     ("no/y.npy", "does not exist"), ("x.npy/y.npy", "does not exist"), ("folder.npy", "is a folder"),
-    ("pipe.npy", "no regular file"), ("y.tif", "no known kind"), ("y", "no known kind"), ("", "names no file"),
+    ("pipe.npy", "no regular file"), ("y.png", "no known kind"), ("y", "no known kind"), ("", "names no file"),
     ("/proc/y.npy", ": "), ("/proc/self/y.npy", ": "), ("/dev/full", ": "),
 ])
 def test_outputs_that_cannot_be_written(places: Path, target: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
