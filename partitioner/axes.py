@@ -52,7 +52,7 @@ def _axes_of(value: ir.Value) -> dict[str, int]:
     if not 3 <= rank <= 5:
         return {"batch": 0}
     order = _order_at_first_operator(value, rank)
-    if order[0] != 0:  # what mixes the batch with other axes is the network's own affair
+    if order[0] != 0 or order[1] not in (1, rank - 1):  # what mixes these with space is the network's own affair
         order = tuple(range(rank))
     return {"batch": order[0], **dict(zip(spatial_names(rank - 2), order[2:], strict=True))}
 

@@ -16,7 +16,7 @@ from tests.oracle import compile_plan
 GOLDEN = """\
 plan 1, opset 18, mesh depth=2,width=2 (4 ranks), channels_last
 passes: canonicalize assign-shards insert-reshards split-reductions insert-halo-exchanges merge-exchanges schedule
-weights: 5 tensors, 1804 bytes
+weights: 6 tensors, 1844 bytes
 input %volume : float32 [1, 2, depth(0|5|9), 6, width(0|4|7)]
 %volume/halo_1 = HaloExchange(%volume) : float32 [1, 2, depth(0|5|9), 6, width(0|4|7)] -> \
 [1, 2, depth(0:6 4:9), 6, width(0:5 3:7)]  halo depth -1+1; halo width -1+1
@@ -31,10 +31,10 @@ int64 [], float32 [1, 8, 1, 1, 1], float32 [1, 8, 1, 1, 1]  moments over depth, 
 %b/halo_1 = HaloExchange(%b) : float32 [1, 8, depth(0|5|9), 6, width(0|4|7)] -> \
 [1, 8, depth(0:6 5:9), 6, width(0|4|7)]  halo depth -0+1
 %c = MaxPool(%b/halo_1) {kernel_shape=[2, 1, 1], strides=[2, 1, 1]} : float32 [1, 8, depth(0|3|4), 6, width(0|4|7)]
-%c/reshard = Reshard(%c) : float32 [1, 8, depth(0|3|4), 6, width(0|4|7)] -> [1, 8, 4, 6, 7]  \
-gather depth; gather width
-%d = Flatten(%c/reshard) {axis=1} : float32 [1, 1344]
-%d/reduce = ReduceSum(%d, [1]) {keepdims=1} : float32 [1, 1]
+%reduce/apart/ReduceSum = ReduceSum(%c, [1, 2, 3, 4]) {keepdims=1} : float32 [1, 1, 1, 1, 1]  \
+partial over depth, width
+%d/reduce/apart = AllReduce(%reduce/apart/ReduceSum) : float32 [1, 1, 1, 1, 1]  sum over depth, width
+%d/reduce = Reshape(%d/reduce/apart, [1, 1]) : float32 [1, 1]
 %y = Mul(%d/reduce, @half) : float32 [1, 1]
 output %y : float32 [1, 1]
 """

@@ -105,9 +105,9 @@ def test_kept_plans_are_not_made_again(plan: pt.Plan, monkeypatch: pytest.Monkey
     made: list[Any] = []
     compile_ = pt.Plan.compile.__func__  # type: ignore[attr-defined]
 
-    def counted(cls: type, *arguments: Any, strict: bool) -> pt.Plan:
+    def counted(cls: type, *arguments: Any, **options: Any) -> pt.Plan:
         made.append(arguments[2])
-        return compile_(cls, *arguments, strict=strict)
+        return compile_(cls, *arguments, **options)
 
     monkeypatch.setattr(pt.Plan, "compile", classmethod(counted))
     with plan.session() as session:
