@@ -249,7 +249,9 @@ def _verify(options: argparse.Namespace) -> int:
         for item in found.outputs:
             verdict = "ok" if item.passed else "TOO LARGE"
             said = f"{item.name}: largest error {item.absolute:.3g}, relative {item.relative:.3g} "
-            if item.differing is not None:
+            if item.differing == 0:
+                said = f"{item.name}: no label differs "
+            elif item.differing is not None:
                 said = (f"{item.name}: {item.differing} labels differ, where scores are {item.absolute:.3g} apart at "
                         f"most, relative {item.relative:.3g} ")
             say(f"{said}(tolerance {item.tolerance:g}) {verdict}")
