@@ -433,3 +433,16 @@ def test_labels_have_no_mean() -> None:
     for around in ({"tta": "flips"}, {"ensemble": [network()]}):
         with pytest.raises(pt.PartitionError, match="output 'y' is uint8, of which there is no mean; leave the last"):
             pt.partition(source, **around)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids="+".join)
+def test_steps_in_double_precision(steps: tuple[str, ...]) -> None:
+    """All that is put around computes in the network's own precision, and statistics merge without loss."""
+    source = load_model(convolution(SHAPE, TensorProto.DOUBLE))
+    x = ct().astype(np.float64)
+    prepared = pt.partition(source).run({"x": STEPS[steps](x)})["y"]
+    flips = np.mean([pt.partition(source).run({"x": np.ascontiguousarray(np.flip(STEPS[steps](x), a))})["y"][
+        tuple(slice(None, None, -1 if axis in a else 1) for axis in range(5))] for a in ((), (3,))], 0)
+    for mesh in MESHES:
+        assert close(parts(with_preprocess(source, steps), {"x": x}, mesh)["y"], prepared, 1e-12)
+        assert close(parts(compose(source, Wrapping(steps, tta="flips=height")), {"x": x}, mesh)["y"], flips, 1e-12)
