@@ -114,10 +114,12 @@ def fit(lay_out: Callable[[str | None], ir.Model], axes: Sequence[str], budget: 
     smallest: Candidate | None = None
     fitting: list[Candidate] = []
     for axis in (None, *axes):
-        for candidate in _candidates(lay_out(axis), axis, budget):
+        model = lay_out(axis)
+        room = _Room(budget, budget.taken(model), budget.shards(model))
+        for candidate in _candidates(model, axis, room):
             if smallest is None or candidate.needed < smallest.needed:
                 smallest = candidate
-            if candidate.needed <= budget.total:
+            if room.fits(candidate.memory):
                 fitting.append(candidate)
         if fitting:  # along a later axis slabs are not dense in storage
             break
@@ -141,12 +143,32 @@ def _text(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _candidates(model: ir.Model, axis: str | None, budget: Budget) -> Iterator[Candidate]:
+@dataclass(frozen=True)
+class _Room:
+    """What a budget leaves for a plan: what is taken already, and how many ranks share the rest."""
+
+    budget: Budget
+    taken: int
+    shards: int
+
+    def needed(self, memory: Memory) -> int:
+        """What the process will hold."""
+        return memory.peak * self.shards + memory.weights + self.taken
+
+    def crowded(self, memory: Memory) -> bool:
+        """Whether more rests in memory than may."""
+        return self.budget.resting is not None and memory.resting * self.shards > self.budget.resting
+
+    def fits(self, memory: Memory) -> bool:
+        """Whether the budget is kept."""
+        return self.needed(memory) <= self.budget.total and not self.crowded(memory)
+
+
+def _candidates(model: ir.Model, axis: str | None, room: _Room) -> Iterator[Candidate]:
     """Thick slabs first, down to where thinner ones need no less or only add steps."""
     rank = _largest_rank(model)
     if axis is None:
-        program = localise(model, rank)
-        yield _candidate(model, None, program, (), budget)
+        yield _candidate(model, None, localise(model, rank), (), room)
         return
     chains = sum(stage.is_chain for stage in order_stages(list(model.graph), axis))
     longest = max((dialect.shape_of(v)[a] for v in model.graph.inputs
@@ -157,31 +179,33 @@ def _candidates(model: ir.Model, axis: str | None, budget: Budget) -> Iterator[C
         schedule = dialect.Schedule(axis, (thickness,) * chains)
         dialect.set_schedule(model, schedule)
         program = localise(model, rank)
-        found = _candidate(model, schedule, program, (), budget)
-        yield from _with_files(found, program, budget)
-        if found.needed <= budget.total or found.needed > 0.99 * least:
+        found = _candidate(model, schedule, program, (), room)
+        frugal = _candidate(model, schedule, program, _resting(program), room)
+        if room.fits(found.memory):
+            yield found
             return
-        least, thickness = found.needed, thickness // 2
+        yield _with_files(found, program, room) if room.fits(frugal.memory) else frugal
+        if frugal.needed > 0.99 * least:
+            return
+        least, thickness = frugal.needed, thickness // 2
 
 
-def _with_files(found: Candidate, program: Program, budget: Budget) -> Iterator[Candidate]:
-    """The same slabs with as many resting tensors in files as the budget asks for."""
-    allowed = budget.total if budget.resting is None else budget.resting
-    shards = budget.shards(found.model)
-    while True:
-        over = found.memory.rests if found.needed > budget.total else ()
-        over = found.memory.crowd if found.memory.resting * shards > allowed else over
-        if not over:
-            break
-        found = _candidate(found.model, found.schedule, program, (*found.files, over[0]), budget)
-    yield found
+def _resting(program: Program) -> tuple[str, ...]:
+    return tuple(name for name, spec in program.buffers.items() if spec.place == "resting")
+
+
+def _with_files(found: Candidate, program: Program, room: _Room) -> Candidate:
+    """The same slabs with as few resting tensors in files as the budget asks for."""
+    while not room.fits(found.memory):
+        over = found.memory.crowd if room.crowded(found.memory) else found.memory.rests
+        found = _candidate(found.model, found.schedule, program, (*found.files, over[0]), room)
+    return found
 
 
 def _candidate(model: ir.Model, schedule: dialect.Schedule | None, program: Program, files: tuple[str, ...],
-               budget: Budget) -> Candidate:
+               room: _Room) -> Candidate:
     memory = forecast(program, frozenset(files))
-    needed = memory.peak * budget.shards(model) + memory.weights + budget.taken(model)
-    return Candidate(model, schedule, files, memory, len(program.steps), needed)
+    return Candidate(model, schedule, files, memory, len(program.steps), room.needed(memory))
 
 
 def _mark(model: ir.Model, schedule: dialect.Schedule | None, files: Sequence[str]) -> None:

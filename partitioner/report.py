@@ -234,7 +234,7 @@ def _node_table(cost: PlanCost) -> Table:
         sent, messages = int(step.sent.sum()), int(step.messages.sum())
         table.add_row(str(node.name), node.op_type, Text(_layout_text(node)), halo,
                       size_text(sent) if sent else "", str(messages) if messages else "",
-                      size_text(int(step.live.max(initial=0))), style=style)
+                      "" if cost.slab_peak is not None else size_text(int(step.live.max(initial=0))), style=style)
     return table
 
 

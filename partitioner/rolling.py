@@ -174,7 +174,6 @@ class Chain:
         self.links = {node: _links(node, name) for node in nodes}
         self.extent: dict[ir.Value, int] = {}
         self.ends: set[ir.Value] = set()
-        self.rests: set[ir.Value] = set()
         for node in nodes:
             for value in (*(link.source for link in self.links[node]), *node.outputs):
                 axis = rolled_axis(value, name)
@@ -185,8 +184,6 @@ class Chain:
                 outside = any(use.node not in members for use in value.uses())
                 if value in self.extent and (outside or value.is_graph_output() or not value.uses()):
                     self.ends.add(value)
-                    if outside:
-                        self.rests.add(value)
         self.made = {v for node in nodes for v in node.outputs if v in self.extent}
         self.longest = max(self.extent.values(), default=1)
 

@@ -4,8 +4,8 @@
     nodes in the file's order                 nodes in an order that frees large values early
                                               storage order in the model's metadata
 
-Whole-shard steps: one step per node, its output interval the whole shard.  An exchange stands directly
-before the first node that reads it.
+Whole-shard steps, one per node, or chains of nodes that take turns along a rolled axis.  An exchange stands
+directly before the first node that reads it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Schedule(Pass):
     Args:
         storage: axis order of activations in memory; channels_last keeps slabs of the first spatial
             axis dense and is the faster order of CPU convolutions.
+        rolled: a mesh axis of one rank along which chains of nodes take turns, slab by slab; they stand side by side.
+        thickness: cells of a slab, until `partitioner.budget` chooses others.
     """
 
     name: ClassVar[str] = "schedule"

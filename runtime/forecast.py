@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.program import Action, AllReduce, Compute, Exchange, Forget, Load, Merge, Program, Store, Window
+from runtime.program import (
+    Action,
+    Compute,
+    Exchange,
+    Forget,
+    Load,
+    Move,
+    Program,
+    Store,
+    Window,
+    windows_read,
+    windows_written,
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,11 @@ def forecast(program: Program, files: frozenset[str] = frozenset()) -> Memory:
         books.act(step.action)
         books.close(step.action.name)
         for name in step.releases:
-            for home in (books.alive, books.resting):
-                home.pop(name, None)
+            books.release(name)
     weights = sum(t.nbytes for t in program.weights.values())
     rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (books.at_peak, books.at_most))
-    return Memory(math.ceil(books.peak), books.where, math.ceil(books.most), math.ceil(sum(books.filed.values())),
-                  weights, rests, crowd, tuple(Copy(n, math.ceil(b)) for n, b in books.copies.items()))
+    return Memory(books.peak, books.where, books.most, sum(books.filed.values()), weights, rests, crowd,
+                  tuple(Copy(name, nbytes) for name, nbytes in books.copies.items()))
 
 
 class _Books:
@@ -67,78 +77,85 @@ class _Books:
     def __init__(self, program: Program, files: frozenset[str]) -> None:
         self.program = program
         self.files = files
-        self.alive: dict[str, float] = {}
-        self.resting: dict[str, float] = {}
-        self.filed: dict[str, float] = {}
-        self.copies: dict[str, float] = {}
-        self.at_peak: dict[str, float] = {}
-        self.at_most: dict[str, float] = {}
-        self.peak = self.most = self.beside = 0.0
+        self.alive: dict[str, int] = {}
+        self.resting: dict[str, int] = {}
+        self.filed: dict[str, int] = {}
+        self.copies: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
+        self.at_most: dict[str, int] = {}
+        self.peak = self.most = self.beside = self.lives = self.rests = 0
         self.where = ""
 
     def act(self, action: Action) -> None:
         """Take down what an action brings into being, and what it needs beside."""
-        self.beside = 0.0
-        for window in _fills(action):
+        self.beside = 0
+        for window in windows_written(action):
             self._fill(action, window)
-        if isinstance(action, Compute):
-            ins = [0.0 if w is None else float(w.box.size) for w in action.reads]
-            self.beside += action.operator.workspace(ins, [float(w.box.size) for w in action.writes])
-            self.beside += sum(_bytes(self.program, w) for w in action.reads if w is not None and not w.is_dense)
-        elif isinstance(action, Exchange):
-            self.beside += sum(_bytes(self.program, w) for m in (*action.sends, *action.receives) for w in m.windows)
-        elif isinstance(action, Store | Load):
-            self.beside += _bytes(self.program, action.window)
-        elif isinstance(action, Forget) and action.buffer in self.resting:
-            self.resting[action.buffer] *= 1 - action.part
+        match action:
+            case Compute():
+                ins = [0.0 if w is None else float(w.box.size) for w in action.reads]
+                self.beside += math.ceil(action.operator.workspace(ins, [float(w.box.size) for w in action.writes]))
+                self.beside += sum(self._bytes(w) for w in windows_read(action) if not w.is_dense)
+            case Exchange():
+                if action.target not in self.alive:
+                    self._fill(action, Window(action.target, self.program.buffers[action.target].box, ()))
+                messages = (*action.sends, *action.receives)
+                self.beside += sum(self._bytes(w) for message in messages for w in message.windows)
+            case Store() | Load():
+                self.beside += self._bytes(action.window)
+            case Move():
+                self.copies[action.name] = self.copies.get(action.name, 0) + self._bytes(action.source)
+            case Forget() if action.buffer in self.resting:
+                spec = self.program.buffers[action.buffer]
+                plane = spec.nbytes // max(1, spec.box.shape[spec.axis])
+                self._rest(action.buffer, max(0, self.resting[action.buffer] - len(action.cells) * plane))
+            case _:
+                pass
 
     def close(self, name: str) -> None:
         """Note the peak, if it is here."""
-        resting = sum(self.resting.values())
-        total = sum(self.alive.values()) + resting + self.beside
-        if resting > self.most:
-            self.most, self.at_most = resting, dict(self.resting)
+        if self.rests > self.most:
+            self.most, self.at_most = self.rests, dict(self.resting)
+        total = self.lives + self.rests + self.beside
         if total > self.peak:
             self.peak, self.where, self.at_peak = total, name, dict(self.resting)
 
+    def release(self, name: str) -> None:
+        """A buffer that nobody reads any more."""
+        self.lives -= self.alive.pop(name, 0)
+        self.rests -= self.resting.pop(name, 0)
+
+    def _live(self, name: str, nbytes: int) -> None:
+        self.lives += nbytes - self.alive.get(name, 0)
+        self.alive[name] = nbytes
+
+    def _rest(self, name: str, nbytes: int) -> None:
+        self.rests += nbytes - self.resting.get(name, 0)
+        self.resting[name] = nbytes
+
     def _fill(self, action: Action, window: Window) -> None:
-        spec = self.program.buffers[window.buffer]
-        if spec.place == "file" or window.buffer in self.files:
-            self.filed[window.buffer] = spec.box.size * spec.dtype.itemsize
+        spec, name = self.program.buffers[window.buffer], window.buffer
+        if spec.place == "file" or name in self.files:
+            self.filed[name] = spec.nbytes
         elif spec.place == "resting":  # pages are there from the first write
-            self.resting[window.buffer] = self.resting.get(window.buffer, 0.0) + _bytes(self.program, window)
+            grows = spec.gives_back(self.program.storage)
+            there = self.resting.get(name, 0) + self._bytes(window) if grows else spec.nbytes
+            self._rest(name, min(spec.nbytes, there))
         elif window.fills:
-            self.alive[window.buffer] = 0.0 if _is_view(action) else _bytes(self.program, window)
-        else:
-            self.alive.setdefault(window.buffer, spec.box.size * spec.dtype.itemsize)
-        if not window.fills:
-            self.beside += _beside(action, window, self.program, self.copies)
+            self._live(name, 0 if isinstance(action, Compute) and action.operator.is_view else self._bytes(window))
+        elif name not in self.alive:
+            self._live(name, spec.nbytes)
+        if isinstance(action, Compute) and not window.fills:
+            self._copy(action, window)
 
+    def _copy(self, action: Compute, window: Window) -> None:
+        """A result that is computed beside its place and copied there."""
+        if action.operator.writes_into and window is action.writes[0] and window.is_dense:
+            return
+        self.copies[action.name] = self.copies.get(action.name, 0) + self._bytes(window)
+        self.beside += 0 if action.operator.is_view else self._bytes(window)
 
-def _fills(action: Action) -> Iterator[Window]:
-    if isinstance(action, Compute):
-        yield from action.writes
-    elif isinstance(action, Load):
-        yield action.window
-    elif isinstance(action, AllReduce | Merge):
-        yield from action.targets
-    elif isinstance(action, Exchange) and action.receives:
-        yield from (w for m in action.receives for w in m.windows)
-
-
-def _is_view(action: Action) -> bool:
-    return isinstance(action, Compute) and action.operator.is_view
-
-
-def _beside(action: Action, window: Window, program: Program, copies: dict[str, float]) -> float:
-    """Bytes of a result that is copied to its place."""
-    if not isinstance(action, Compute) or (action.operator.writes_into and window is action.writes[0]):
-        return 0.0
-    copies[action.name] = copies.get(action.name, 0.0) + _bytes(program, window)
-    return 0.0 if action.operator.is_view else _bytes(program, window)
-
-
-def _bytes(program: Program, window: Window) -> float:
-    spec = program.buffers.get(window.buffer)
-    itemsize = program.weights[window.buffer].dtype.itemsize if spec is None else spec.dtype.itemsize
-    return window.box.size * itemsize
+    def _bytes(self, window: Window) -> int:
+        spec = self.program.buffers.get(window.buffer)
+        itemsize = self.program.weights[window.buffer].dtype.itemsize if spec is None else spec.dtype.itemsize
+        return math.ceil(window.box.size * itemsize)

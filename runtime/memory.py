@@ -13,15 +13,9 @@ import onnx_ir as ir
 import torch
 
 from partitioner.errors import ExecutionError
+from partitioner.geometry import Interval
 from partitioner.ops.dtypes import torch_dtype
-from runtime.program import BufferSpec, Window
-
-
-def storage_order(storage: str, rank: int) -> tuple[int, ...]:
-    """Axes from outermost to innermost; `channels_last` concerns images and volumes with a channel."""
-    if storage == "channels_last" and rank in (4, 5):
-        return (0, *range(2, rank), 1)
-    return tuple(range(rank))
+from runtime.program import MAPPED_FROM, BufferSpec, Window, storage_order
 
 
 def storage_on(device: torch.device, storage: str) -> str:
@@ -39,17 +33,13 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, sto
 def allocate_buffer(spec: BufferSpec, device: torch.device, storage: str, poison: bool) -> torch.Tensor:
     """Memory for a buffer; poisoned with NaN where a test wants to see what nobody wrote."""
     dtype = torch_dtype(spec.dtype)
-    if spec.place != "memory" and device.type == "cpu" and spec.box.size * dtype.itemsize >= MAPPED_FROM:
+    if spec.place != "memory" and device.type == "cpu" and spec.nbytes >= MAPPED_FROM:
         tensor = _map(spec, dtype, storage)
     else:
         tensor = allocate(spec.box.shape, dtype, device, storage)
     if poison and tensor.dtype.is_floating_point:
         tensor.fill_(float("nan"))
     return tensor
-
-
-MAPPED_FROM = 1 << 20
-"""Bytes from which a resting buffer is a mapping of its own, whose pages can be given back one by one."""
 
 
 class _Mapping(mmap.mmap):
@@ -89,19 +79,22 @@ _PAGES: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary
 """The mappings that are alive, by the address of their first value."""
 
 
-def give_back(tensor: torch.Tensor, spec: BufferSpec, storage: str, cells: int) -> None:
-    """Return the memory of a resting buffer's first cells to the system, where its axis is the outermost."""
+def give_back(tensor: torch.Tensor, spec: BufferSpec, storage: str, cells: Interval) -> None:
+    """Return the memory of some cells of a resting buffer to the system, as far as they fill pages.
+
+    Cells before these are gone already: a page that they share goes too.
+    """
     pages = _PAGES.get(tensor.data_ptr())
     if pages is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    order = storage_order(storage, tensor.dim())
-    outer = order[: order.index(spec.axis)]
-    if any(tensor.shape[a] != 1 for a in outer):
-        return
-    plane = tensor.numel() // max(1, tensor.shape[spec.axis]) * tensor.element_size()
-    length = cells * plane // mmap.PAGESIZE * mmap.PAGESIZE
-    if length:
-        pages.madvise(mmap.MADV_DONTNEED, 0, length)
+    plane, blocks = spec.runs(storage_order(storage, tensor.dim()))
+    block = plane * tensor.shape[spec.axis]
+    for index in range(blocks):
+        first = index * block
+        start = max(-(-first // mmap.PAGESIZE), (first + cells.start * plane) // mmap.PAGESIZE)
+        stop = (first + cells.stop * plane) // mmap.PAGESIZE
+        if stop > start:
+            pages.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (stop - start) * mmap.PAGESIZE)
 
 
 def view(tensor: torch.Tensor, window: Window) -> torch.Tensor:

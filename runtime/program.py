@@ -8,15 +8,16 @@ node.  Windows are slices of buffers; buffers are released after the last step t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.exchange import plan_exchange
-from partitioner.geometry import Box, Pieces, local_slices
+from partitioner.exchange import RankExchange, plan_exchange
+from partitioner.geometry import Box, Interval, Pieces, local_slices
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
 from partitioner.ops.base import Operator
@@ -28,6 +29,20 @@ Slices = tuple[tuple[slice, ...], ...]
 
 Place = Literal["memory", "resting", "file"]
 """Where a buffer lies: in memory; there, but given back in parts; in a file that is mapped."""
+
+
+MAPPED_FROM = 1 << 20
+"""Bytes from which a resting buffer is a mapping of its own, whose pages can be given back one by one."""
+
+PAGE = 1 << 12
+"""Bytes of a page, of which a run of cells may share one with the next at either end."""
+
+
+def storage_order(storage: str, rank: int) -> tuple[int, ...]:
+    """Axes from outermost to innermost; `channels_last` concerns images and volumes with a channel."""
+    if storage == "channels_last" and rank in (4, 5):
+        return (0, *range(2, rank), 1)
+    return tuple(range(rank))
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,26 @@ class BufferSpec:
     dtype: ir.DataType
     place: Place = "memory"
     axis: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its cells."""
+        return math.ceil(self.box.size * self.dtype.itemsize)
+
+    def runs(self, order: Sequence[int]) -> tuple[int, int]:
+        """Bytes that lie side by side for a cell along its axis, and how many runs of all its cells there are.
+
+        Args:
+            order: axes from outermost to innermost.
+        """
+        shape, place = self.box.shape, order.index(self.axis)
+        plane = math.prod(shape[a] for a in order[place + 1 :]) * self.dtype.itemsize
+        return int(plane), math.prod(shape[a] for a in order[:place])
+
+    def gives_back(self, storage: str) -> bool:
+        """Whether a resting buffer's pages come and go with its cells, but for few at the ends of runs."""
+        plane, blocks = self.runs(storage_order(storage, len(self.box.shape)))
+        return plane > 0 and self.nbytes >= max(MAPPED_FROM, 64 * PAGE * blocks)
 
 
 @dataclass(frozen=True)
@@ -144,19 +179,54 @@ class Move:
 
 @dataclass(frozen=True)
 class Forget:
-    """Give back the memory of a resting buffer's first cells.
-
-    Args:
-        part: of what is still there, the share that goes.
-    """
+    """Give back the memory of some cells of a resting buffer; those before them are gone already."""
 
     name: str
     buffer: str
-    cells: int
-    part: float
+    cells: Interval
 
 
 Action = Load | Store | Compute | Exchange | AllReduce | Merge | Move | Forget
+
+
+def windows_read(action: Action) -> tuple[Window, ...]:
+    """The windows whose cells an action takes."""
+    match action:
+        case Store():
+            return (action.window,)
+        case Compute():
+            return tuple(w for w in action.reads if w is not None)
+        case Exchange() | Move():
+            return (action.source,)
+        case AllReduce():
+            return action.sources
+        case Merge():
+            return (*action.sources, *action.targets)
+        case Load() | Forget():
+            return ()
+
+
+def windows_written(action: Action) -> tuple[Window, ...]:
+    """The windows that an action fills; of an exchange what arrives in its target."""
+    match action:
+        case Load():
+            return (action.window,)
+        case Compute():
+            return action.writes
+        case Exchange():
+            kept = () if action.keep is None else (action.keep[1],)
+            return (*kept, *(w for message in action.receives for w in message.windows))
+        case AllReduce() | Merge():
+            return action.targets
+        case Move():
+            return (action.target,)
+        case Store() | Forget():
+            return ()
+
+
+def buffers_written(action: Action) -> tuple[str, ...]:
+    """The buffers that an action fills, or brings into being."""
+    return (action.target,) if isinstance(action, Exchange) else tuple(w.buffer for w in windows_written(action))
 
 
 @dataclass(frozen=True)
@@ -209,6 +279,7 @@ class Localiser:
         self.here = self.mesh.coordinates(rank)
         self.lifetimes = lifetimes
         self.boxes = {b.name: b.layout.box(self.here) for b in lifetimes.buffers.values()}
+        self._shares: dict[ir.Node, RankExchange] = {}
         self.weights = {str(v.name): v.const_value for v in model.graph.initializers.values()
                         if v.const_value is not None and v.uses()}
 
@@ -238,9 +309,12 @@ class Localiser:
                 yield self._store(value, over if value is leaving[-1] else ())
 
     def _store(self, value: ir.Value, releases: tuple[str, ...] = ()) -> Step:
-        layout = dialect.get_layout(value)
-        first = all(self.here[name] == 0 for name in self.mesh.names if name not in layout.mesh_axes)
-        return Step(Store(str(value.name), self._window(value), first), (), releases)
+        return Step(Store(str(value.name), self._window(value), self._hands_out(value)), (), releases)
+
+    def _hands_out(self, value: ir.Value) -> bool:
+        """Whether this rank is the first of those that hold its part."""
+        held = dialect.get_layout(value).mesh_axes
+        return all(self.here[name] == 0 for name in self.mesh.names if name not in held)
 
     def _window(self, value: ir.Value, box: Box | None = None, joined: bool = True) -> Window:
         """Cells of a value in its buffer; all that this rank owns unless a box is given."""
@@ -270,19 +344,25 @@ class Localiser:
             found.append(None if box is None or value is None else self._window(value, box))
         return tuple(found)
 
-    def _exchange(self, node: ir.Node) -> Exchange:
+    def _exchange(self, node: ir.Node, cut: Callable[[Box], Box] = lambda box: box) -> Exchange:
+        """An exchange, or what `cut` leaves of every box of it."""
         source, target = node.inputs[0], node.outputs[0]
         assert source is not None
-        plan = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target))
-        part = plan.for_rank(self.rank)
+        if node not in self._shares:
+            plan = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target))
+            self._shares[node] = plan.for_rank(self.rank)
+        part = self._shares[node]
         shared = self.lifetimes.buffer_of[str(source.name)] == self.lifetimes.buffer_of[str(target.name)]
-        keep = None
-        if part.keep and not shared:
-            keep = (self._window(source, part.keep, joined=False), self._window(target, part.keep, joined=False))
+
+        def window(value: ir.Value, box: Box) -> Window:
+            return self._window(value, cut(box), joined=False)
+
+        keep = (window(source, part.keep), window(target, part.keep)) if part.keep and not shared else None
         return Exchange(
-            str(node.name), self._window(source), self.lifetimes.buffer_of[str(target.name)], keep,
-            tuple(Message(t.target, (self._window(source, t.box, joined=False),)) for t in part.sends),
-            tuple(Message(t.source, (self._window(target, t.box, joined=False),)) for t in part.receives),
+            str(node.name), self._window(source, cut(dialect.get_layout(source).box(self.here))),
+            self.lifetimes.buffer_of[str(target.name)], keep,
+            tuple(Message(t.target, (window(source, t.box),)) for t in part.sends),
+            tuple(Message(t.source, (window(target, t.box),)) for t in part.receives),
         )
 
     def _all_reduce(self, node: ir.Node) -> AllReduce:

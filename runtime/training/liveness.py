@@ -12,7 +12,7 @@ import torch
 
 from partitioner import dialect
 from partitioner.lifetime import find_lifetimes
-from runtime.program import Action, AllReduce, Compute, Exchange, Load, Program, Store
+from runtime.program import Action, Load, Program, buffers_written, windows_read
 from runtime.training.segments import StepBytes
 
 
@@ -36,16 +36,8 @@ class Slot:
 
 def touched(action: Action) -> tuple[list[str], list[str]]:
     """Names that an action reads, and buffers that it writes."""
-    if isinstance(action, Load):
-        return [action.name], [action.window.buffer]
-    if isinstance(action, Store):
-        return [action.window.buffer], []
-    if isinstance(action, Exchange):
-        return [action.source.buffer], [action.target]
-    if isinstance(action, AllReduce):
-        return [w.buffer for w in action.sources], [w.buffer for w in action.targets]
-    assert isinstance(action, Compute)  # training takes whole-shard steps
-    return [w.buffer for w in action.reads if w is not None], [w.buffer for w in action.writes]
+    inputs = [action.name] if isinstance(action, Load) else []
+    return [*inputs, *(w.buffer for w in windows_read(action))], list(buffers_written(action))
 
 
 def find_uses(program: Program) -> dict[str, Use]:
