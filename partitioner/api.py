@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import onnx_ir as ir
 
-from partitioner import dialect, seal
+from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.compiler import compile_plan, plain_model
 from partitioner.compose import Around, Wrapping, compose
@@ -97,29 +97,12 @@ def partition(  # noqa: PLR0913 (the words of the command)
         found = {name: shape for name, shape in found.items() if name in open_inputs}
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
-    budget = budget_of(memory, host_memory)
+    budget = None
+    if memory is not None or host_memory is not None:
+        from partitioner.budget import Budget
+
+        budget = Budget.of(memory, host_memory)
     return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict, budget)
-
-
-def budget_of(memory: str | int | None, host_memory: str | int | None, arrays: bool = True,
-              together: bool = True) -> Budget | None:
-    """The budget that a user gives; None without one.
-
-    Args:
-        arrays: whether whole inputs and outputs are in the process.
-        together: whether all ranks are in one process.
-
-    Raises:
-        PartitionError: for no amount of memory.
-    """
-    if memory is None:
-        if host_memory is not None:
-            raise PartitionError("host_memory is a part of memory; give memory too, as memory='4GiB'")
-        return None
-    from partitioner.budget import Budget, parse_bytes
-
-    resting = None if host_memory is None else parse_bytes(host_memory, "host_memory")
-    return Budget(parse_bytes(memory), resting, arrays, together)
 
 
 def load(path: str | Path) -> Plan:
@@ -128,6 +111,8 @@ def load(path: str | Path) -> Plan:
     Raises:
         PartitionError: when the file is no plan, is damaged, or is of another version.
     """
+    from partitioner.damage import check_plan
+
     model = load_file(checked_path(path))
     check_plan(model, str(path))
     return Plan(model)
@@ -146,38 +131,6 @@ def _source(model: Any, example: Any, train: bool) -> tuple[ir.Model, dict[str, 
 
 def _is_module(model: Any) -> bool:
     return any(c.__module__ == "torch.nn.modules.module" for c in type(model).__mro__)
-
-
-def check_plan(model: ir.Model, where: str) -> None:
-    """Verify a plan that comes from a file, from its nodes and layouts alone.
-
-    Raises:
-        PartitionError: when it is no plan, of another version, or was altered.
-    """
-    if not dialect.is_plan(model):
-        raise PartitionError(f"{where}: is no plan; make one with `partition compile` or pt.partition")
-    version = model.graph.opset_imports.get(dialect.DOMAIN)
-    if version is not None and version != dialect.VERSION:
-        raise PartitionError(f"{where}: is a plan of format {version}, this program reads format {dialect.VERSION}; "
-                             "compile the model again")
-    problem = "its format is not named" if version is None else _damage(model)
-    if problem is not None:
-        raise PartitionError(f"{where}: the plan is damaged ({problem}); compile the model again")
-    dialect.declare(model)
-
-
-def _damage(model: ir.Model) -> str | None:
-    """What is wrong with a plan that has been read from a file."""
-    from passes.checks import ALL
-
-    try:
-        dialect.get_mesh(model)
-        found = next((problem for check in ALL for problem in check.problems(model)), None)
-        if found is None and not seal.is_intact(model):
-            return "it is not as it was written"
-        return found
-    except Exception as error:  # a damaged file can break any assumption
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class Plan:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -56,6 +57,11 @@ def parse_bytes(given: str | int, what: str = "memory") -> int:
     return found
 
 
+def held_now() -> int:
+    """Bytes that this process holds, and that its libraries will take beside."""
+    return anonymous_memory() + RESERVE + PER_THREAD * torch.get_num_threads()
+
+
 @dataclass(frozen=True)
 class Budget:
     """What one process may hold.
@@ -65,12 +71,27 @@ class Budget:
         resting: bytes of that which tensors may take that rest from chain to chain; others rest in mapped files.
         arrays: whether inputs and outputs are arrays in the process too, not files.
         together: whether the process holds all ranks of the mesh, not one.
+        held: what the process and its libraries hold; as it is now when not given.
     """
 
     total: int
     resting: int | None = None
     arrays: bool = True
     together: bool = True
+    held: int | None = None
+
+    @classmethod
+    def of(cls, memory: str | int | None, host_memory: str | int | None, arrays: bool = True,
+           together: bool = True, held: int | None = None) -> Self:
+        """The budget that a user gives.
+
+        Raises:
+            PartitionError: for no amount of memory, or a part of none.
+        """
+        if memory is None:
+            raise PartitionError("host_memory is a part of memory; give memory too, as memory='4GiB'")
+        resting = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+        return cls(parse_bytes(memory), resting, arrays, together, held)
 
     def shards(self, model: ir.Model) -> int:
         """Ranks in the process."""
@@ -80,7 +101,7 @@ class Budget:
         """Bytes that are there beside activations and weights: the process as it is, arrays, libraries."""
         values = (*model.graph.inputs, *model.graph.outputs) if self.arrays else ()
         arrays = sum(float(np.prod(dialect.shape_of(v))) * v.dtype.itemsize for v in values if v.dtype is not None)
-        return anonymous_memory() + RESERVE + PER_THREAD * torch.get_num_threads() + int(arrays)
+        return (held_now() if self.held is None else self.held) + int(arrays)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def tolerance(text: str) -> float:
 
 def _command(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:
     found = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    found.set_defaults(action=action, action_name=name)
+    found.set_defaults(action=action, action_name=name, held=None)
     return found
 
 

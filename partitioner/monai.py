@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from partitioner.api import Backend, Session, budget_of, partition
+from partitioner.api import Backend, Session, partition
+from partitioner.budget import Budget
 from partitioner.errors import PartitionError
 from partitioner.exporter import Rebuild, export_call
 from partitioner.guards import MeshLike
@@ -71,7 +72,8 @@ class WholeVolumeInferer(_Inferer):
         super().__init__()
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise PartitionError(f"keep={keep!r}: give how many extents stay ready, at least 1")
-        budget_of(memory, host_memory)
+        if memory is not None or host_memory is not None:
+            Budget.of(memory, host_memory)
         self.keep = keep
         self._partition: dict[str, Any] = {"memory": memory, "host_memory": host_memory, "mesh": mesh}
         if output_ops:

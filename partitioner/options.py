@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.api import KEPT_PLANS, Backend, Plan, budget_of, check_plan
+from partitioner.api import KEPT_PLANS, Backend, Plan
 from partitioner.axes import axis_extents, named_axes
 from partitioner.compose import Wrapping, compose, equal_counts, input_channel_axis, part_names
+from partitioner.damage import check_plan
 from partitioner.errors import PartitionError
 from partitioner.files import (
     FileRun,
@@ -33,6 +34,7 @@ from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.shapes import spatial_rank
 
 if TYPE_CHECKING:
+    from partitioner.budget import Budget
     from runtime.resume import SavedRun
 
 WORDS = ("preprocess", "channels", "tta", "ensemble", "output_op")
@@ -162,9 +164,18 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
              and v.shape is not None and v.shape.is_static()}
     cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
-    budget = budget_of(options.memory, options.host_memory, arrays=options.action_name == "verify",
-                       together=getattr(options, "backend", None) in (None, "lockstep"))
-    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict, budget)
+    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict,
+                        _budget(options))
+
+
+def _budget(options: argparse.Namespace) -> Budget | None:
+    """The budget of a process: of one rank where ranks are processes, as in a group that has been joined."""
+    if options.memory is None and options.host_memory is None:
+        return None
+    from partitioner.budget import Budget
+
+    together = options.held is None and getattr(options, "backend", None) in (None, "lockstep")
+    return Budget.of(options.memory, options.host_memory, options.action_name == "verify", together, options.held)
 
 
 def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str, tuple[int, ...]]) -> Plan:
@@ -177,6 +188,8 @@ def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str,
                              "leave --mesh out, or give the model")
     if options.cuts:
         raise PartitionError(f"{options.model}: is a plan with cuts of its own; give the model to cut it anew")
+    if options.memory is not None or options.host_memory is not None:
+        raise PartitionError(f"{options.model}: is a plan with its schedule; give --memory when the model is compiled")
     if getattr(options, "dump_dir", None) is not None:
         raise PartitionError(f"{options.model}: is a plan, which has been through all passes; give the model "
                              "to dump what they do")

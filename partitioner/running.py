@@ -114,6 +114,10 @@ def _join(options: argparse.Namespace, place: Place) -> int:
     group.join(place, backend if problem is None else "gloo")
     try:
         group.agree(problem)
+        if options.memory is not None:  # so that all ranks choose the same schedule
+            from partitioner.budget import held_now
+
+            options.held = max(group.gather(held_now()))
         cases = _agreed(lambda: _found_cases(options))
         if cases is not None:
             return _run_cases(options, backend, cases, place)

@@ -148,5 +148,26 @@ def test_the_command_keeps_to_its_budget(network: Path, volume: np.ndarray, tmp_
         assert np.abs(np.load(tmp_path / name) - expected).max() <= 4e-6 * np.abs(expected).max()
 
 
+def test_ranks_of_a_group_choose_one_schedule(network: Path, volume: np.ndarray, tmp_path: Path) -> None:
+    """Under torchrun every process plans for itself, and they hold different amounts."""
+    np.save(tmp_path / "x.npy", volume)
+    expected = next(iter(pt.partition(network, shapes={"volume": SHAPE}).run({"volume": volume}).values()))
+    start = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partitioner.cli", "run", str(network),
+             "--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npy"), "--mesh", "height=2")
+    refused = subprocess.run([sys.executable, *start, "--memory", "1MiB"], capture_output=True, text=True, timeout=240,
+                             check=False)
+    least = refused.stderr.split("at least ")[1].split(" MiB")[0]
+    done = subprocess.run([sys.executable, *start, "--memory", f"{float(least) + 8:.2f}MiB"], capture_output=True,
+                          text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.load(tmp_path / "y.npy") - expected).max() <= 4e-6 * np.abs(expected).max()
+
+
+def test_a_plan_from_a_file_takes_no_budget(network: Path, tmp_path: Path) -> None:
+    pt.partition(network, shapes={"volume": SHAPE}).save(tmp_path / "plan.onnx")
+    refused = run("plan", tmp_path / "plan.onnx", "--memory", "2GiB")
+    assert refused.returncode == 2 and "is a plan with its schedule; give --memory when" in refused.stderr
+
+
 def test_anonymous_memory_is_told() -> None:
     assert anonymous_memory() > 10 * MIB
