@@ -162,10 +162,11 @@ def test_the_plan_foretells_the_wire(three: Pool, tmp_path: Path) -> None:
 
 
 def test_a_gather_is_counted(three: Pool) -> None:
-    """A dense head over a whole volume: every rank sends its part to the two others."""
+    """Who wants the flat volume itself gets it whole: every rank sends its part to the two others."""
     nodes = [onnx.helper.make_node("Flatten", ["x"], ["f"]), onnx.helper.make_node("Gemm", ["f", "g"], ["y"])]
     weights = {"g": volume((2 * 7 * 11 * 5, 3))}
-    plan = pt.partition(model(nodes, [value("x", SHAPE)], [value("y", (1, 3))], weights), mesh="depth=3")
+    outputs = [value("y", (1, 3)), value("f", (1, 2 * 7 * 11 * 5))]
+    plan = pt.partition(model(nodes, [value("x", SHAPE)], outputs, weights), mesh="depth=3")
     assert plan.to_dict()["gathered"]
     _, messages = three.run(plan, {"x": volume()})
     plane = 2 * 11 * 5 * 4
