@@ -21,7 +21,7 @@ from partitioner.console import (
     vars_of,
     write,
 )
-from partitioner.errors import AgreedError, ExecutionError, PartitionError
+from partitioner.errors import AgreedError, AgreedFailure, ExecutionError, PartitionError
 from partitioner.running import load_named_operators, run_files
 from partitioner.signals import Ended, orderly_end
 
@@ -57,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with orderly_end():
             return options.action(options)
-    except AgreedError as error:
-        return complain(error, 2) if speaks_for_all() else 2
+    except (AgreedError, AgreedFailure) as error:
+        code = 2 if isinstance(error, PartitionError) else 1
+        return complain(error, code) if speaks_for_all() else code
     except PartitionError as error:
         return complain(error, 2)
     except ExecutionError as error:

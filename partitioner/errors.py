@@ -21,6 +21,10 @@ class ExecutionError(Exception):
     """A failure while running a valid plan: a rank died, a disk filled up (exit code 1)."""
 
 
+class AgreedFailure(ExecutionError):
+    """A failure that all ranks of a group know of; one of them tells it."""
+
+
 def refuse_all(problems: Sequence[str]) -> None:
     """Raise one `PartitionError` that lists every problem, or return when there is none."""
     if problems:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.group import Place
     from runtime.rank import RankReport, RunFiles
     from runtime.resume import SavedRun
+    from runtime.saves import Saving
     from runtime.session import Runner, RunReport
     from runtime.volumes import Sink, Source
 
@@ -132,9 +133,14 @@ def open_inputs(files: Mapping[str, str], dtypes: Mapping[str, ir.DataType]) -> 
     return found
 
 
+def is_first_rank() -> bool:
+    """Whether nobody started us as one of several ranks, or as the first of them."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def report_notices(sources: Iterable[Source]) -> None:
     """Say on the standard error, once for all ranks, what a user should know of the files."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_first_rank():
         for line in dict.fromkeys(line for source in sources for line in source.notices):
             sys.stderr.write(f"partition: note: {line}\n")
 
@@ -227,39 +233,23 @@ class FileRun:
             runner = make_runner(self.plan.model, self.backend, self.device) if shared is None else shared
             if shared is None:
                 stack.callback(runner.close)
-            files = RunFiles(refs, streamed(sources), places)
-            if self.saved is not None:
-                self._run_saved(self.saved, runner, sinks, files, progress)
-            else:
-                with prepared(sinks.values()):
-                    runner.run_files(files, progress)
+            with self._ready(sinks, places) as (outputs, saving):
+                runner.run_files(RunFiles(refs, streamed(sources), outputs, saving=saving), progress)
             assert runner.report is not None
             return runner.report
 
-    def _run_saved(self, saved: SavedRun, runner: Runner, sinks: Mapping[str, Sink], files: RunFiles,
-                   progress: Progress | None) -> None:
-        """Go on with a run, or begin one that can be gone on with; what is unfinished stays once it was saved."""
-        from runtime.session import LockstepRunner
-
-        assert isinstance(runner, LockstepRunner)
-        goes_on = saved.goes_on
-        for path, part in saved.saved_parts.items():
+    @contextlib.contextmanager
+    def _ready(self, sinks: Mapping[str, Sink], places: Mapping[str, Any]) -> Generator[
+            tuple[dict[str, Any], Saving | None]]:
+        """The outputs, ready to be written, and how the run is saved."""
+        if self.saved is None:
+            with prepared(sinks.values()):
+                yield dict(places), None
+            return
+        for path, part in (self.saved.parts if self.saved.goes_on else {}).items():
             sinks[path].part = type(sinks[path].part).from_json(part)
-        places = {name: (_part_of(sinks, part), member) for name, (part, member) in files.outputs.items()}
-        try:
-            if not goes_on:
-                for sink in sinks.values():
-                    sink.prepare()
-            saved.begin(self.plan.save, {path: sink.part.to_json() for path, sink in sinks.items()})
-            runner.run_files(replace(files, outputs=places), progress, saved)
-            for sink in sinks.values():
-                sink.commit()
-        except BaseException:
-            if not saved.is_saved:
-                _abort(list(sinks.values()))
-                saved.forsake()
-            raise
-        saved.remove()
+        with kept(self.saved, sinks, self.plan):
+            yield {n: (_part_of(sinks, part), member) for n, (part, member) in places.items()}, self.saved.saving
 
     def join(self, place: Place, progress: Progress | None = None) -> RunReport | None:
         """Run as one rank of a group that has been joined; rank 0 returns the figures.
@@ -273,21 +263,21 @@ class FileRun:
         from runtime.rank import RunFiles
 
         problem: str | None = None
-        refs, streams, places = {}, frozenset[str](), {}
+        refs, streams, outputs = {}, frozenset[str](), None
         with contextlib.ExitStack() as stack:
             try:
                 self._check_place(place)
                 sources, refs = self._sources(stack)
                 streams = streamed(sources)
                 if place.rank == 0:
-                    sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
-                    stack.enter_context(prepared(sinks.values()))
+                    ready = self._ready(*make_sinks(self.plan, self.outputs, _spatial(sources)))
+                    outputs = stack.enter_context(ready)
             except PartitionError as error:
                 problem = str(error)
             group.agree(problem)
             self._compare_plans()
-            files = RunFiles(refs, streams, group.broadcast(places))
-            reports = self._run_rank(place, files, progress)
+            places, saving = group.broadcast(outputs)
+            reports = self._run_rank(place, RunFiles(refs, streams, places, saving=saving), progress)
         return _summary(reports) if place.rank == 0 else None
 
     def _run_rank(self, place: Place, files: RunFiles, progress: Progress | None) -> list[RankReport]:
@@ -385,6 +375,32 @@ def prepared(sinks: Iterable[Sink]) -> Generator[None]:
             _abort(known)
             raise
         raise
+
+
+@contextlib.contextmanager
+def kept(saved: SavedRun, sinks: Mapping[str, Sink], plan: Plan) -> Generator[None]:
+    """As `prepared`, but what is unfinished stays when the block fails after the run was saved.
+
+    Raises:
+        PartitionError: when there is no room for it.
+        ExecutionError: when the disk is full.
+    """
+    try:
+        saved.begin(plan.save, {path: sink.part.to_json() for path, sink in sinks.items()})
+        if not saved.goes_on:
+            for sink in sinks.values():
+                sink.prepare()
+        yield
+        for sink in sinks.values():
+            sink.commit(keep=saved.saving.is_saved)
+        saved.remove()
+    except BaseException:
+        if not saved.saving.is_saved:
+            _abort(list(sinks.values()))
+            saved.forsake()
+        raise
+    finally:
+        saved.release()
 
 
 def _abort(sinks: Sequence[Sink]) -> None:

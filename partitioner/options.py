@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from partitioner.files import (
     check_sources,
     check_targets,
     file_of,
+    is_first_rank,
     name_files,
     open_inputs,
     report_notices,
@@ -317,13 +319,16 @@ def _saved_run(options: argparse.Namespace, inputs: dict[str, str], outputs: dic
         return None
     from runtime.resume import SavedRun
 
-    if backend != "lockstep":
-        raise PartitionError(f"--resume: a run with backend {backend} cannot be saved; leave one of them out")
-    words = {k: v for k, v in vars(options).items() if k not in ("action", "overwrite", "json", "resume")}
-    stamps = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns)
-              for path in (options.model, *map(file_of, inputs.values())) if os.path.exists(path)}
+    passing = ("action", "action_name", "overwrite", "json", "resume", "held")
+    words = {**{k: v for k, v in vars(options).items() if k not in passing}, "backend": backend}
+    read = (options.model, *options.ensemble, *options.operators, *map(file_of, inputs.values()))
+    stamps = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in read if os.path.exists(path)}
     first = file_of(next(iter(outputs.values())))
-    return SavedRun(Path(f"{first}.resume"), {"options": words, "files": stamps})
+    leads = is_first_rank()
+    found = SavedRun(Path(f"{first}.resume"), {"options": words, "files": stamps}, leads)
+    if found.notice is not None and leads:
+        sys.stderr.write(f"partition: note: {found.notice}\n")
+    return found
 
 
 def read_all(plan: Plan, files: dict[str, str]) -> dict[str, Any]:

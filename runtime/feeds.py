@@ -75,19 +75,29 @@ class Tally:
 
     def __init__(self) -> None:
         self.cells: dict[str, int] = {}
-        self._first: dict[str, Box] = {}
-        self._over: set[str] = set()
+        self._first: dict[str, list[list[int]]] = {}
+        self._over: list[str] = []
 
     def is_new(self, name: str, box: Box) -> bool:
         """Whether a box is of the first pass over its input; a second one begins where the first began."""
-        first = self._first.setdefault(name, box)
-        if name in self.cells and box.intervals() == first.intervals():
-            self._over.add(name)
+        place = [[i.start, i.stop] for i in box.intervals()]
+        first = self._first.setdefault(name, place)
+        if name in self.cells and place == first:
+            self._over.append(name)
         return name not in self._over
 
     def add(self, name: str, count: int) -> None:
         """Add to an input's number."""
         self.cells[name] = self.cells.get(name, 0) + count
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain values, to be saved."""
+        return {"cells": dict(self.cells), "first": dict(self._first), "over": list(self._over)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.cells = dict(state["cells"])
+        self._first, self._over = dict(state["first"]), list(state["over"])
 
 
 @dataclass(frozen=True)
@@ -130,10 +140,13 @@ class FileDrain:
         writer.write(portion.slices, to_numpy(portion.tensor), member)
 
     def settle(self) -> None:
-        """Wait until all that was stored is in the files."""
+        """Bring all that was stored to the disk.
+
+        Raises:
+            ExecutionError: the disk is full or gone.
+        """
         for writer, _ in self.writers.values():
-            if isinstance(writer, BehindWriter):
-                writer.settle()
+            writer.flush()
 
 
 def host_type(dtype: ir.DataType) -> np.dtype[Any]:

@@ -78,6 +78,26 @@ def _map_file(nbytes: int) -> _Mapping:
 _PAGES: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
 """The mappings that are alive, by the address of their first value."""
 
+_PARTS = 64
+"""In how many parts a resting buffer is filled again."""
+
+
+def refill(tensor: torch.Tensor, saved: torch.Tensor, axis: int) -> None:
+    """Copy what a resting buffer held; pages that held nothing yet, or nothing any more, stay untaken.
+
+    Args:
+        axis: along which the buffer is filled and given back.
+    """
+    if tensor.data_ptr() not in _PAGES:
+        tensor.copy_(saved)
+        return
+    bits = saved.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[saved.element_size()])
+    planes = max(1, saved.shape[axis] // _PARTS)
+    for start in range(0, saved.shape[axis], planes):
+        count = min(planes, saved.shape[axis] - start)
+        if bits.narrow(axis, start, count).any():
+            tensor.narrow(axis, start, count).copy_(saved.narrow(axis, start, count))
+
 
 def give_back(tensor: torch.Tensor, spec: BufferSpec, storage: str, cells: Interval) -> None:
     """Return the memory of some cells of a resting buffer to the system, as far as they fill pages.

@@ -19,9 +19,9 @@ from runtime.volumes import Source, Writer
 Slices = tuple[slice, ...]
 
 
-def boxes_read(programs: Sequence[Program], name: str) -> list[Slices]:
-    """The boxes of an input in the order in which the ranks of a process, step by step, read them."""
-    steps = zip(*(program.steps for program in programs), strict=True)
+def boxes_read(programs: Sequence[Program], name: str, first: int = 0) -> list[Slices]:
+    """The boxes of an input in the order in which the ranks of a process, from a first step on, read them."""
+    steps = zip(*(program.steps[first:] for program in programs), strict=True)
     return [tuple(slice(i.start, i.stop) for i in step.action.window.box.intervals())
             for together in steps for step in together if isinstance(step.action, Load) and step.action.name == name]
 
@@ -83,6 +83,11 @@ class BehindWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def flush(self) -> None:
+        """See `Writer.flush`."""
+        self.settle()
+        self._writer.flush()
 
     def __enter__(self) -> Self:
         return self

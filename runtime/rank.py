@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,15 @@ from partitioner import dialect
 from partitioner.errors import ExecutionError, PartitionError
 from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
+from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import FileDrain, host_type
-from runtime.group import Place, SharedFeed, agree
+from runtime.group import Place, SharedFeed, agree, broadcast, gather
 from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
 from runtime.overlap import AheadSource, BehindWriter, boxes_read
 from runtime.program import Program, localise
+from runtime.saves import Saver, Saving, Ties
 from runtime.transports.distributed import Distributed
 from runtime.volumes import PartFile, Source, Writer, open_part, open_source
 
@@ -49,26 +50,29 @@ class RunFiles:
         streamed: inputs whose file can only be read from its start to its end.
         outputs: per output, the prepared part file (as JSON) and the array's name in it.
         folder: a folder for this run only, if there is one.
+        saving: how the run is saved and where it goes on, if it is.
     """
 
     inputs: Mapping[str, FileRef]
     streamed: frozenset[str]
     outputs: Mapping[str, tuple[str, str | None]]
     folder: str | None = None
+    saving: Saving | None = None
 
     @property
-    def scratch(self) -> list[str]:
-        """What a failed run leaves behind when nobody removes it."""
-        parts = {PartFile.from_json(part).temporary for part, _ in self.outputs.values()}
-        files = [name for part in sorted(parts) for name in (part, f"{part}.packed")]
-        return files if self.folder is None else [*files, self.folder]
+    def first(self) -> int:
+        """The step to begin with."""
+        return 0 if self.saving is None else self.saving.step
 
     def remove(self) -> None:
-        """Remove the prepared outputs of a run that failed; harmless when they are gone."""
-        for name in self.scratch:
-            shutil.rmtree(name, ignore_errors=True)  # an output that is a folder
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        """Remove what a failed run leaves behind, unless it can be gone on with; harmless when it is gone."""
+        if self.saving is not None and self.saving.is_saved:
+            return
+        for part, _ in self.outputs.values():
+            PartFile.from_json(part).remove()
+        for folder in (self.folder, None if self.saving is None else self.saving.folder):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,15 @@ class RankRunner:
             if dialect.get_schedule(self._model) is not None:
                 (shard,) = self._executor.shards
                 shard.program = self._localise(files.streamed)
-                self._overlap(sources, writers, stack, shard.program)
+                self._overlap(sources, writers, stack, shard.program, files.first)
             before = dict(self._transport.traffic.sent), dict(self._transport.traffic.messages)
             start = time.perf_counter()
             with PeakMemory(self.device) as memory:
-                feed = SharedFeed(sources, boxes, self._counted)
-                self._executor.run(feed, FileDrain(writers), progress)
+                feed, drain = SharedFeed(sources, boxes, self._counted), FileDrain(writers)
+                if files.saving is None:
+                    self._executor.run(feed, drain, progress)
+                else:
+                    self._run_saved(files.saving, feed, drain, progress)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
@@ -138,11 +145,19 @@ class RankRunner:
                           traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds,
                           feed.tally.cells)
 
-    def _overlap(self, sources: Sources, writers: Writers, stack: contextlib.ExitStack, program: Program) -> None:
+    def _run_saved(self, saving: Saving, feed: SharedFeed, drain: FileDrain, progress: Progress | None) -> None:
+        """Go on from where the run was saved, and save it on the way together with the other ranks."""
+        ties = Ties(self.place.size, broadcast, gather)
+        with claimed(saving.folder):
+            saver = Saver(saving, self._executor.shards, feed.tally, drain.settle, self.place.rank, ties)
+            self._executor.run(feed, drain, progress, saver.restore(), saver.after)
+
+    def _overlap(self, sources: Sources, writers: Writers, stack: contextlib.ExitStack, program: Program,
+                 first: int) -> None:
         """Read the next slab, and write the last one, while this one is computed."""
         for name, source in sources.items():
             if source is not None and source.random_access:
-                ahead = AheadSource(source, boxes_read([program], name))
+                ahead = AheadSource(source, boxes_read([program], name, first))
                 sources[name] = stack.enter_context(ahead)  # pyright: ignore[reportArgumentType]
         for name, (writer, member) in writers.items():
             behind = stack.enter_context(BehindWriter(writer))

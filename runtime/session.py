@@ -20,6 +20,7 @@ from partitioner.lifetime import find_lifetimes
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.nodes import operator_of
 from partitioner.ops.plugins import reaches_other_processes
+from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, host_type, to_numpy
 from runtime.group import check_backend, check_device
@@ -29,7 +30,7 @@ from runtime.monitor import PeakMemory
 from runtime.overlap import AheadSource, BehindWriter, boxes_read
 from runtime.program import localise
 from runtime.rank import FileRef, RankReport, RunFiles, guarded
-from runtime.resume import SavedRun
+from runtime.saves import Saver, Saving
 from runtime.transports.lockstep import Lockstep
 from runtime.volumes import ArraySpec, PartFile, Source, create_sink, open_part, open_source
 from runtime.volumes.spool import spooled
@@ -110,42 +111,41 @@ class LockstepRunner:
         self._run(ArrayFeed(arrays), ArrayDrain(results), progress)
         return results
 
-    def run_files(self, files: RunFiles, progress: Progress | None = None, saved: SavedRun | None = None) -> None:
-        """See `Runner`; with a saved run, it goes on from there and is saved on the way."""
+    def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
+        """See `Runner`."""
         with contextlib.ExitStack() as stack:
             sources = {}
             for value in self._model.graph.inputs:
                 ref = files.inputs[str(value.name)]
                 assert value.dtype is not None
                 source = stack.enter_context(open_source(ref.path, ref.member, host_type(value.dtype)))
-                sources[str(value.name)] = self._ready(source, str(value.name), stack)
+                sources[str(value.name)] = self._ready(source, str(value.name), files.first, stack)
             writers: dict[str, Any] = {}
             for name, (part, member) in files.outputs.items():
                 writer = stack.enter_context(open_part(PartFile.from_json(part)))
                 writers[name] = (stack.enter_context(BehindWriter(writer)) if self._slabs else writer, member)
-            drain = FileDrain(writers)
-            self._run(FileFeed(sources), drain, progress, saved)
+            self._run(FileFeed(sources), FileDrain(writers), progress, files.saving)
 
     @property
     def _slabs(self) -> bool:
         return dialect.get_schedule(self._model) is not None
 
-    def _ready(self, source: Source, name: str, stack: contextlib.ExitStack) -> Any:
+    def _ready(self, source: Source, name: str, first: int, stack: contextlib.ExitStack) -> Any:
         """A source that is read slab by slab: a copy of what can only be read at once, the next slab ahead."""
         if not self._slabs:
             return source
         if not source.random_access:
             source = stack.enter_context(spooled(source))
         programs = [shard.program for shard in self._executor.shards]
-        return stack.enter_context(AheadSource(source, boxes_read(programs, name)))
+        return stack.enter_context(AheadSource(source, boxes_read(programs, name, first)))
 
-    def _run(self, feed: Feed, drain: Drain, progress: Progress | None, saved: SavedRun | None = None) -> None:
+    def _run(self, feed: Feed, drain: Drain, progress: Progress | None, saving: Saving | None = None) -> None:
         traffic = self.transport.traffic
         before = dict(traffic.sent), dict(traffic.messages)
         start = time.perf_counter()
         with PeakMemory(self._devices[0]) as memory, cpu_threads(self._options[2]):
             try:
-                guarded(lambda: self._execute(feed, drain, progress, saved))
+                guarded(lambda: self._execute(feed, drain, progress, saving))
             finally:
                 for shard in self._executor.shards:
                     shard.buffers.clear()
@@ -159,14 +159,13 @@ class LockstepRunner:
             for rank in self.transport.ranks)
         self.report = RunReport(ranks, seconds, memory.rise)
 
-    def _execute(self, feed: Feed, drain: Drain, progress: Progress | None, saved: SavedRun | None) -> None:
-        shards = self._executor.shards
-        if saved is None:
+    def _execute(self, feed: Feed, drain: Drain, progress: Progress | None, saving: Saving | None) -> None:
+        if saving is None or not isinstance(feed, FileFeed) or not isinstance(drain, FileDrain):
             self._executor.run(feed, drain, progress)
             return
-        settle = drain.settle if isinstance(drain, FileDrain) else lambda: None
-        self._executor.run(feed, drain, progress, saved.restore(shards),
-                           lambda step: saved.after(step, shards, settle))
+        with claimed(saving.folder):
+            saver = Saver(saving, self._executor.shards, feed.tally, drain.settle)
+            self._executor.run(feed, drain, progress, saver.restore(), saver.after)
 
     def switch(self, model: ir.Model) -> LockstepRunner:
         """See `Runner`."""

@@ -6,7 +6,6 @@ Messages out: ("ready",), ("progress", done, count, name), ("done", RankReport),
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -18,17 +17,20 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from partitioner.errors import ExecutionError, PartitionError
 from runtime.allocator import keep_memory_tight
+
+if TYPE_CHECKING:
+    from runtime.rank import RunFiles
 
 
 def main() -> int:
     """Serve the launcher until it closes the pipe; the arguments are one JSON object."""
     options = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
-    remains = _Remains([options["folder"]])
+    remains = _Remains(options["folder"])
     _die_with(options["parent"], remains)
     keep_memory_tight()
     pipe = _Pipe(Connection(options["pipe"]), remains)
@@ -72,14 +74,14 @@ class _Pipe:
 class _Remains:
     """What the launcher would clean up; the ranks do when it is killed."""
 
-    paths: list[str]
+    folder: str
+    files: RunFiles | None = None
 
     def end(self) -> NoReturn:
         """Remove files and folders, where no other rank was faster, and end this process."""
-        for path in self.paths:
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.files is not None:
+            self.files.remove()
         os._exit(1)
 
 
@@ -107,9 +109,9 @@ def _serve(pipe: _Pipe, options: dict[str, Any], remains: _Remains) -> int:
             pipe.send(("ready",))
             continue
         assert runner is not None
-        remains.paths = [options["folder"], *request[1].scratch]
+        remains.files = request[1]
         pipe.send(("done", guarded(partial(runner.run, request[1], report), f"rank {place.rank}: ")))
-        remains.paths = [options["folder"]]
+        remains.files = None
 
 
 class _Reporter:

@@ -97,6 +97,10 @@ class ChunkWriter:
                 os.close(file)
 
     def close(self) -> None:
+        """See `flush`; there is nothing to let go of."""
+        self.flush()
+
+    def flush(self) -> None:
         """Bring everything to the disk.
 
         Raises:

@@ -62,8 +62,14 @@ class PartFile:
         if self.chunked:
             shutil.rmtree(self.temporary, ignore_errors=True)
             return
-        with contextlib.suppress(OSError):
-            os.unlink(self.temporary)
+        for name in (self.temporary, self.packed):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+    @property
+    def packed(self) -> str:
+        """Where a file that is packed at the end is made of the temporary one."""
+        return f"{self.temporary}.packed"
 
 
 def _revived(fields: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +118,16 @@ class Writer:
         with _writing(self._part.target):
             self._stores[known](place, array)
 
+    def flush(self) -> None:
+        """Bring everything to the disk, and go on.
+
+        Raises:
+            ExecutionError: the disk is full or gone.
+        """
+        if self._target is not None:
+            with _writing(self._part.target):
+                self._target.flush()
+
     def close(self) -> None:
         """Bring everything to the disk and let go of the file; harmless when repeated.
 
@@ -156,10 +172,14 @@ class _OneFile:
         """Store the values of a box."""
         write_box(self._file, raw, box, values)
 
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Bring everything to the disk and let go of the file."""
         try:
-            os.fsync(self._file)
+            self.flush()
         finally:
             os.close(self._file)
 
@@ -205,17 +225,21 @@ class Sink(ABC):
         """A writer in this process."""
         return Writer(self.part)
 
-    def commit(self) -> None:
+    def commit(self, keep: bool = False) -> None:
         """Finish the file, bring it to the disk and give it its name, replacing an older one.
 
+        Args:
+            keep: leave what was written where that fails, to be tried again.
+
         Raises:
-            ExecutionError: the disk is full or gone; nothing is left behind and an older file stays.
+            ExecutionError: the disk is full or gone; nothing else is left behind and an older file stays.
         """
         try:
             with _writing(self.part.target):
                 self._finish()
         except BaseException:
-            self.abort()
+            if not keep:
+                self.abort()
             raise
         flush(self._target.parent)
         self.abort()  # what the finished file was made of
@@ -269,16 +293,8 @@ class FileSink(Sink):
 
     def __init__(self, target: Path, image: FileImage) -> None:
         real = _checked_target(target)
-        temporary = beside(real)
-        super().__init__(real, PartFile(str(target), str(temporary), image.size, image.arrays))
+        super().__init__(real, PartFile(str(target), str(beside(real)), image.size, image.arrays))
         self._image = image
-        self._packed = temporary.with_name(f"{temporary.name}.packed")
-
-    def abort(self) -> None:
-        """See `Sink.abort`."""
-        super().abort()
-        with contextlib.suppress(OSError):
-            self._packed.unlink(missing_ok=True)
 
     @property
     def _needed(self) -> int:
@@ -301,13 +317,19 @@ class FileSink(Sink):
 
     def _pack(self) -> Path:
         assert self._image.pack is not None
+        found = Path(self.part.packed)
+        found.unlink(missing_ok=True)  # of a process that was killed here
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with (
-            Path(self.part.temporary).open("rb") as image,
-            os.fdopen(os.open(self._packed, flags, self._mode()), "wb") as packed,
-        ):
-            self._image.pack(image, packed)
-        return self._packed
+        try:
+            with (
+                Path(self.part.temporary).open("rb") as image,
+                os.fdopen(os.open(found, flags, self._mode()), "wb") as packed,
+            ):
+                self._image.pack(image, packed)
+        except BaseException:
+            found.unlink(missing_ok=True)
+            raise
+        return found
 
     def _mode(self) -> int:
         """Permissions of the file that is replaced, or those of any new file."""
