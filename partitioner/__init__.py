@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from partitioner.errors import ExecutionError, PartitionError
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
+    from partitioner.profile import Profile
     from partitioner.verify import Verification
     from runtime.training import checkpoint, data, losses
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Verification": "partitioner.verify",
     "Mesh": "partitioner.mesh",
     "load_operators": "partitioner.ops.plugins",
+    "Profile": "partitioner.profile",
     "PartitionError": "partitioner.errors",
     "ExecutionError": "partitioner.errors",
 }
@@ -37,8 +39,8 @@ _HOMES = {
 _MODULES = {"checkpoint": "runtime.training.checkpoint", "data": "runtime.training.data",
             "losses": "runtime.training.losses", "monai": "partitioner.monai"}
 
-__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Session", "Verification", "checkpoint", "data",
-           "load", "load_operators", "losses", "monai", "partition"]
+__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Profile", "Session", "Verification", "checkpoint",
+           "data", "load", "load_operators", "losses", "monai", "partition"]
 
 
 def __getattr__(name: str) -> Any:
