@@ -39,6 +39,8 @@ from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
     from partitioner.budget import Budget
+    from partitioner.profile import Profile
+    from partitioner.timing import PlanTime
     from runtime.session import Runner, RunReport
     from runtime.training.module import PartitionedModule
 
@@ -197,6 +199,24 @@ class Plan:
         from partitioner.budget import slab_peaks
 
         return replace(found, slab_peak=slab_peaks(self.model))
+
+    def time(self, profile: Profile | str | Path | None = None, backend: str = "lockstep",
+             threads: int | None = None) -> PlanTime:
+        """How long a run takes, step by step and rank by rank, forecast from the layouts and a machine's figures.
+
+        Args:
+            profile: a profile, its file, or the name of a shipped one; by default that of this machine.
+            backend: `lockstep`, `gloo`, or another transport that the profile knows.
+            threads: CPU threads per process; the most that the profile knows by default.
+
+        Raises:
+            PartitionError: when the profile cannot be read, or does not know the transport.
+        """
+        from partitioner.profile import Profile
+        from partitioner.timing import plan_time
+
+        found = profile if isinstance(profile, Profile) else Profile.find(profile)
+        return plan_time(self.model, self.cost, found, backend, threads)
 
     def report(self, width: int = 160) -> str:
         """The plan as a table of text, `width` columns wide."""

@@ -1,0 +1,68 @@
+"""What depth-first execution keeps from slab to slab, value by value: which results are copied, which cells move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.geometry import Interval, hull
+from partitioner.ops.nodes import needs_of
+from partitioner.rolling import rolled_axis
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a value leaves behind in its buffer when a slab ends.
+
+    Args:
+        is_kept: whether any cell is still needed, so that results have a place in a buffer that stays.
+        waits: whether most cells are still needed, as of a skip that waits for the far side of a network.
+        moved: cells along the rolled axis that move to the buffer's front before the next slab.
+    """
+
+    is_kept: bool
+    waits: bool
+    moved: int
+
+
+def find_rests(model: ir.Model) -> dict[ir.Value, Rest]:
+    """For every value with the rolled axis what it keeps; {} for a plan of whole-shard steps."""
+    schedule = dialect.get_schedule(model)
+    if schedule is None:
+        return {}
+    values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
+    return {v: _rest(v, schedule.axis) for v in values if rolled_axis(v, schedule.axis) is not None}
+
+
+def _rest(value: ir.Value, name: str) -> Rest:
+    axis = rolled_axis(value, name)
+    assert axis is not None
+    readers = dict.fromkeys(use.node for use in value.uses())
+    moved = max((_overlap(node, value, axis, name) for node in readers), default=0)
+    waits = len(readers) > 1
+    return Rest(moved > 0 or waits, waits, 0 if waits else moved)
+
+
+def _overlap(node: ir.Node, value: ir.Value, axis: int, name: str) -> int:
+    """Cells of a value that are needed on both sides of a position in the middle of a reader's output."""
+    if dialect.is_communication(node):
+        return max((_overlap(use.node, node.outputs[0], axis, name) for use in node.outputs[0].uses()), default=0)
+    if name in dialect.get_partial(node):
+        return 0
+    found = 0
+    for index, given in enumerate(node.inputs):
+        for output, result in enumerate(node.outputs):
+            place = rolled_axis(result, name)
+            if given is not value or place is None:
+                continue
+            needs = needs_of(node, output)[index]
+            if needs is None or needs[axis].axis != place:
+                continue
+            extent = dialect.shape_of(result)[place]
+            before = needs[axis].map.needed(Interval(0, extent // 2))
+            after = needs[axis].map.needed(Interval(extent // 2, extent))
+            if before and after:
+                found = max(found, hull(before).stop - hull(after).start)
+    return found

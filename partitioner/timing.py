@@ -1,0 +1,277 @@
+"""How long a plan takes on every rank, step by step, from boxes and a machine's profile.
+
+    compute         the kernels of the step
+    communication   the messages of the step, packing included
+    wait            until the neighbours that send something have come as far
+
+Figures are arrays of the mesh's shape, as those of `partitioner.cost`: 4096 ranks cost what 16+16+16 cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.cost import PlanCost, StepCost, bytes_of, cells
+from partitioner.curves import FloatArray, Number
+from partitioner.geometry import Interval, hull
+from partitioner.kinds import kernel_seconds
+from partitioner.lifetime import Lifetimes, find_lifetimes
+from partitioner.mesh import Mesh
+from partitioner.ops.nodes import needed_layout, needs_of, operator_of
+from partitioner.ops.standard.conv import Conv, ConvTranspose
+from partitioner.profile import Kernels, Profile
+from partitioner.rolling import Turns, count_turns
+from partitioner.slabs import Rest, find_rests
+
+LOCKSTEP = "lockstep"
+"""The transport of ranks in one process, which compute one after the other."""
+
+_MERGE_CALLS = 8
+"""Small kernels that merge one peer's partial result."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one node, per rank; of an input or output that is read or written when `node` is None."""
+
+    node: ir.Node | None
+    name: str
+    compute: FloatArray
+    communication: FloatArray
+    wait: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """All three together."""
+        return self.compute + self.communication + self.wait
+
+
+@dataclass(frozen=True)
+class PlanTime:
+    """All steps of a plan; every figure is per rank, an array of the mesh's shape.
+
+    Args:
+        transport: how messages travel; `lockstep` has all ranks in one process.
+    """
+
+    mesh: Mesh
+    transport: str
+    steps: tuple[StepTime, ...]
+
+    @property
+    def compute(self) -> FloatArray:
+        """Seconds in kernels."""
+        return self._sum([s.compute for s in self.steps])
+
+    @property
+    def communication(self) -> FloatArray:
+        """Seconds in messages."""
+        return self._sum([s.communication for s in self.steps])
+
+    @property
+    def wait(self) -> FloatArray:
+        """Seconds in which other ranks are waited for."""
+        return self._sum([s.wait for s in self.steps])
+
+    @property
+    def total(self) -> FloatArray:
+        """Seconds of all steps."""
+        return self.compute + self.communication + self.wait
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run: of all ranks after one another in one process, else of the slowest."""
+        return float(self.total.sum() if self.transport == LOCKSTEP else self.total.max(initial=0.0))
+
+    def _sum(self, figures: Sequence[FloatArray]) -> FloatArray:
+        return sum(figures, start=np.zeros(self.mesh.shape))
+
+
+def plan_time(model: ir.Model, cost: PlanCost, profile: Profile, transport: str = LOCKSTEP,
+              threads: int | None = None) -> PlanTime:
+    """The time of a plan on every rank.
+
+    Args:
+        cost: see `partitioner.cost.plan_cost`.
+        transport: `lockstep`, `gloo`, or another one that the profile knows.
+        threads: of a process (None: the most that the profile knows).
+
+    Raises:
+        PartitionError: when the profile does not know the transport.
+    """
+    return _Clock(model, cost.mesh, profile, transport, threads).run(cost)
+
+
+class _Clock:
+    """Goes through the steps and keeps how far every rank is."""
+
+    def __init__(self, model: ir.Model, mesh: Mesh, profile: Profile, transport: str, threads: int | None) -> None:
+        profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know before anything is computed
+        self.model, self.mesh, self.profile, self.transport = model, mesh, profile, transport
+        self.kernels: Kernels = profile.for_threads(threads)
+        self.lifetimes: Lifetimes = find_lifetimes(model)
+        self.turns = count_turns(model)
+        self.rests: dict[ir.Value, Rest] = find_rests(model)
+        self.now = np.zeros(mesh.shape)
+        self.zero = np.zeros(mesh.shape)
+
+    def run(self, cost: PlanCost) -> PlanTime:
+        """All steps, inputs read before them and outputs written after them."""
+        steps = [self._edge(value) for value in self.model.graph.inputs if value.uses()]
+        steps += [self._step(step) for step in cost.steps]
+        steps += [self._edge(value) for value in self.model.graph.outputs]
+        return PlanTime(self.mesh, self.transport, tuple(steps))
+
+    def _edge(self, value: ir.Value) -> StepTime:
+        """An input that is read into its buffer, an output that is copied out of it; slab by slab in a chain."""
+        assert value.dtype is not None
+        nbytes = bytes_of(dialect.get_layout(value), value.dtype, self.mesh)
+        count = max([1, *(self.turns[n].count for n in (*(u.node for u in value.uses()), value.producer())
+                          if n is not None and n in self.turns)])
+        shape = dialect.shape_of(value)
+        kind = "reorder" if len(shape) > 3 and shape[1] > 1 else "pointwise"
+        return self._passed(None, str(value.name), self.zero + self._repeated(kind, 2.0 * nbytes, count))
+
+    def _step(self, step: StepCost) -> StepTime:
+        node = step.node
+        if dialect.is_communication(node):
+            return self._meeting(step)
+        turns = self.turns.get(node, Turns())
+        seconds = self._kernel(node, turns) + self._copies(node, turns)
+        return self._passed(node, str(node.name), self.zero + seconds)
+
+    def _passed(self, node: ir.Node | None, name: str, compute: FloatArray) -> StepTime:
+        self.now = self.now + compute
+        return StepTime(node, name, compute, self.zero, self.zero)
+
+    # --- kernels ------------------------------------------------------------------------------
+
+    def _kernel(self, node: ir.Node, turns: Turns) -> FloatArray:
+        """All turns of a node's kernel."""
+        count = max(1, turns.count)
+        share = turns.cells / max(1, turns.extent) / count
+        layouts = [None if v is None else needed_layout(node, i) for i, v in enumerate(node.inputs)]
+        ins = [None if layout is None else cells(layout, self.mesh) * (share if self._is_data(v) else 1.0)
+               for layout, v in zip(layouts, node.inputs, strict=True)]
+        outs = [cells(dialect.get_layout(v), self.mesh) * share for v in node.outputs]
+        operator = operator_of(node)
+        once = kernel_seconds(self.kernels, operator, ins, outs)
+        if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
+            once = once + self._one("pointwise", 2.0 * ins[0] * _dtype(node.outputs[0]).itemsize)
+        if turns.count > 1 and self._slides(node.outputs[0]):  # the first slab takes the pages, others find them there
+            again = kernel_seconds(self.kernels, operator, ins, outs, in_place=True) if operator.writes_into else once
+            return once + (count - 1) * again + count * self.kernels.step
+        return count * (once + self.kernels.step)
+
+    def _is_sparse(self, node: ir.Node) -> bool:
+        """Whether a convolution reads cells that do not lie side by side in their buffer: it copies them first."""
+        value, needs = node.inputs[0], needs_of(node, 0)[0]
+        assert value is not None and needs is not None
+        extents, outs = dialect.shape_of(value), dialect.shape_of(node.outputs[0])
+        found = [hull(need.map.needed(Interval(0, outs[need.axis]))) for need in needs[3:] if need.axis is not None]
+        return any(len(interval) < n for interval, n in zip(found, extents[3:], strict=True))
+
+    def _is_data(self, value: ir.Value | None) -> bool:
+        return value is not None and value.const_value is None and len(dialect.shape_of(value)) > 2
+
+    def _copies(self, node: ir.Node, turns: Turns) -> FloatArray:
+        """Results that are copied to their place, and cells that move along before the next slab."""
+        value, operator = node.outputs[0], operator_of(node)
+        owned = bytes_of(dialect.get_layout(value), _dtype(value), self.mesh)
+        buffer = self.lifetimes.buffers[self.lifetimes.buffer_of[str(value.name)]]
+        if turns.count > 1 and not operator.is_view:
+            rest = self.rests.get(value)
+            if rest is None or not rest.is_kept:
+                return self.zero
+            computed = 0.0 if operator.writes_into else owned * (turns.cells / max(1, turns.extent))
+            moved = owned * (rest.moved / max(1, turns.extent))
+            return (self._repeated("move", 2.0 * computed, turns.count) + turns.count * self._one("move", 2.0 * moved))
+        if operator.writes_into or buffer.name == str(value.name):
+            return self.zero
+        held = bytes_of(buffer.layout, buffer.dtype, self.mesh)
+        return np.where(owned != held, self._one("pointwise", 2.0 * owned), 0.0)
+
+    def _slides(self, value: ir.Value) -> bool:
+        """Whether results go to their place in a buffer that is there from the first slab to the last."""
+        return value in self.rests and self.rests[value].is_kept and not self.rests[value].waits
+
+    def _one(self, kind: str, nbytes: Number) -> FloatArray:
+        return self.kernels.seconds(kind, 0.0, nbytes)
+
+    def _repeated(self, kind: str, nbytes: Number, count: int) -> FloatArray:
+        """So many bytes in `count` equal calls."""
+        each = np.asarray(nbytes, np.float64) / count
+        return count * (self._one(kind, each) + self.kernels.step)
+
+    # --- messages -----------------------------------------------------------------------------
+
+    def _meeting(self, step: StepCost) -> StepTime:
+        """A step in which ranks meet: all that takes part begins when the last one has come."""
+        node = step.node
+        turns = self.turns.get(node, Turns())
+        messages = np.asarray(step.messages, np.float64)
+        sends = self.profile.message_seconds(step.sent, messages, self.transport)
+        compute = np.full(self.mesh.shape, max(1, turns.count) * self.kernels.step)
+        if dialect.is_all_reduce(node):
+            compute = compute + messages * _MERGE_CALLS * self.kernels.launch
+        elif self.transport != LOCKSTEP and not _is_dense(node):
+            packed = 2 * (step.sent + step.received)
+            compute = compute + self._repeated("move", packed, max(1, turns.count))
+        communication = self.zero + sends
+        wait = self.zero if self.transport == LOCKSTEP else self._gathered(node) - self.now
+        wait = np.where(messages > 0, wait, 0.0)
+        self.now = self.now + wait + communication + compute
+        return StepTime(node, str(node.name), compute, communication, wait)
+
+    def _gathered(self, node: ir.Node) -> FloatArray:
+        """When the last of those has come with whom a rank exchanges something."""
+        found = self.now
+        if dialect.is_all_reduce(node):
+            _, names = dialect.all_reduce_kind(node)
+        else:
+            names = tuple(_split_axes(node))
+        for name in names:
+            if name not in self.mesh.names:
+                continue
+            axis = self.mesh.names.index(name)
+            if node.op_type == dialect.HALO_EXCHANGE:
+                found = _of_neighbours(found, axis)
+            else:
+                found = np.broadcast_to(found.max(axis, keepdims=True), found.shape)
+        return found
+
+
+def _of_neighbours(times: FloatArray, axis: int) -> FloatArray:
+    """The latest of a rank and the two beside it along one axis of the mesh."""
+    padded = np.pad(times, [(1, 1) if a == axis else (0, 0) for a in range(times.ndim)], mode="edge")
+    count = times.shape[axis]
+    return np.max([np.take(padded, range(i, i + count), axis) for i in range(3)], axis=0)
+
+
+def _split_axes(node: ir.Node) -> Sequence[str]:
+    """Mesh axes along which an exchange moves something."""
+    source, target = node.inputs[0], node.outputs[0]
+    assert source is not None
+    pairs = zip(dialect.get_layout(source).axes, dialect.get_layout(target).axes, strict=True)
+    return [split.mesh_axis for a, b in pairs if a != b for split in (a, b) if split is not None]
+
+
+def _is_dense(node: ir.Node) -> bool:
+    """Whether messages are runs of memory: slabs along the first spatial axis, of one case."""
+    source, target = node.inputs[0], node.outputs[0]
+    assert source is not None
+    before, after = dialect.get_layout(source), dialect.get_layout(target)
+    differing = [axis for axis, (a, b) in enumerate(zip(before.axes, after.axes, strict=True)) if a != b]
+    return differing in ([0], [2]) and (differing == [0] or before.shape[0] == 1)
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None
+    return value.dtype
+
+
