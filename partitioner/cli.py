@@ -1,4 +1,4 @@
-"""The command `partition`: plan, compile, run, verify."""
+"""The command `partition`: plan, compile, run, verify, calibrate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from partitioner import __version__
+from partitioner.calibrating import calibrate_machine, threads
 from partitioner.console import (
     ProgressBar,
     Unwritable,
@@ -30,6 +31,7 @@ EXAMPLES = """examples:
   partition compile unet3d.onnx --mesh 2x2x1 -o unet3d.plan.onnx
   partition run unet3d.onnx --mesh depth=2 --backend gloo --input ct.nii.gz --output logits.nii.gz
   partition verify unet3d.plan.onnx --backend gloo
+  partition calibrate
   torchrun --nnodes 2 ... -m partitioner.cli run unet3d.plan.onnx --input ct.npy --output logits.npy
 """
 
@@ -125,6 +127,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--tolerance", type=tolerance, metavar="X",
                         help="largest error relative to the output's largest value (1e-4 for float32)")
     _backend_options(verify)
+    calibrate = _command(commands, "calibrate", calibrate_machine,
+                         "measure this machine, so that times are forecast for it")
+    calibrate.add_argument("-o", "--output", metavar="FILE",
+                           help="profile to write (default: where other commands look, in the user's cache folder)")
+    calibrate.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda or cuda:N")
+    calibrate.add_argument("--threads", type=threads, metavar="N",
+                           help="CPU threads of a process (default: measured for 1 and for all cores)")
+    calibrate.add_argument("--quick", action="store_true", help="in less time, less precise")
+    calibrate.set_defaults(json=False)
     return parser
 
 

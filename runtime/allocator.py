@@ -26,3 +26,9 @@ def keep_memory_tight() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
         library.mallopt(_M_TRIM_THRESHOLD, 4 * MAPPED_FROM)
+
+
+def give_heap_back() -> None:
+    """Return freed memory to the system, so that the next large tensor is of new pages; glibc only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
