@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.curves import replace_file
-from benchmarks.results import CaseResult, SideResult, spread
+from benchmarks.results import CaseResult, SideResult, spread, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,25 +32,11 @@ _OWN, _OTHERS = "#b5523b", ("#3b6fb5", "#3f8f5f", "#8a5fb0", "#a08030")
 
 def table(result: CaseResult) -> Table:
     """The case as a table: medians, below them the lowest and the highest; refusals and failures in the caption."""
-    case = result.case
-    notes = [_LEGEND.format(first=case.sides[0].name), *result.notes]
+    notes = [_LEGEND.format(first=result.case.sides[0].name), *result.notes]
     for side in result.sides:
         notes += [f"{side.side.name}: {text}" for text in (side.refusal, side.failure) if text]
         notes += [f"{side.side.name}: {text}" for text in _overruns(side)]
-    found = Table(
-        title=f"{case.name}: {case.what}",
-        title_justify="left",
-        caption=escape("\n".join(notes)),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    found.add_column("", no_wrap=True)
-    for column in _COLUMNS:
-        found.add_column(column, justify="right", no_wrap=True)
-    for side in result.sides:
-        found.add_row(side.side.name, *_cells(side, result.sides[0]))
-    return found
+    return table_of(result, _COLUMNS, [_cells(side, result.sides[0]) for side in result.sides], notes)
 
 
 def _cells(result: SideResult, whole: SideResult) -> Sequence[str]:

@@ -109,9 +109,14 @@ _LEGEND = (
 
 def table(result: CaseResult) -> Table:
     """The case as a table: medians, below them the lowest and the highest; failures in the caption."""
-    case = result.case
-    notes = [_LEGEND.format(first=case.sides[0].name)]
+    notes = [_LEGEND.format(first=result.case.sides[0].name)]
     notes += [f"{side.side.name}: {side.failure}" for side in result.sides if side.failure]
+    return table_of(result, _COLUMNS, [_cells(side) for side in result.sides], notes)
+
+
+def table_of(result: CaseResult, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
+    """A table with a row of cells for each side of a case, and notes below it."""
+    case = result.case
     found = Table(
         title=f"{case.name}: {case.what}",
         title_justify="left",
@@ -121,10 +126,10 @@ def table(result: CaseResult) -> Table:
         padding=(0, 1, 0, 0),
     )
     found.add_column("", no_wrap=True)
-    for column in _COLUMNS:
+    for column in columns:
         found.add_column(column, justify="right", no_wrap=True)
-    for side in result.sides:
-        found.add_row(side.side.name, *_cells(side))
+    for side, cells in zip(result.sides, rows, strict=True):
+        found.add_row(side.side.name, *cells)
     return found
 
 
