@@ -1,7 +1,7 @@
 """`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite; `list` names the suites.
 
 `seams` shows what a sliding window costs; `conformance` runs the onnx package's own node tests partitioned;
-`train` trains a 3D U-Net on shards.
+`train` trains a 3D U-Net on shards; `forecast` holds what plans foretell against what is measured.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -127,6 +128,20 @@ def _seams(options: argparse.Namespace) -> int:
     return run_seams(chosen, Console())
 
 
+def _forecast(options: argparse.Namespace) -> int:
+    from benchmarks.forecasts import Options, run_forecasts
+
+    chosen = Options(
+        threads=_at_least(1, "--threads", options.threads),
+        repeats=_at_least(1, "--repeats", options.repeats),
+        profile=options.profile,
+        text=options.filter,
+        output=options.output,
+    )
+    console = Console()
+    return run_forecasts(chosen, console if console.is_terminal else Console(width=130))
+
+
 def _at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise UsageError(f"{name} {value}: at least {least} is needed")
@@ -178,9 +193,20 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(train)
     train.set_defaults(command=_train)
 
+    _add_forecast(commands)
     shown = commands.add_parser("list", help="name suites, cases and sides")
     shown.set_defaults(command=_list)
     return parser
+
+
+def _add_forecast(commands: Any) -> None:
+    told = commands.add_parser("forecast", help="memory, bytes, messages and seconds: forecast against measured")
+    told.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
+    told.add_argument("--profile", type=Path, metavar="FILE", help="of this machine (default: it is calibrated first)")
+    told.add_argument("--threads", type=int, default=1, help="of every process")
+    told.add_argument("--repeats", type=int, default=3, help="runs of every case, after one to warm up")
+    told.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    told.set_defaults(command=_forecast)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,10 @@ def test_shipped_profiles_tell_where_they_are_from(name: str) -> None:
         assert "data sheet" in found.source
 
 
+def test_all_that_is_shipped() -> None:
+    assert shipped_names() == ("a100", "default", "h100", "h200")
+
+
 def test_what_is_taken_by_default(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PARTITIONER_PROFILE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
