@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -42,11 +43,15 @@ def off(found: torch.Tensor, expected: torch.Tensor, floor: float = 1e-3) -> flo
 
 
 def in_processes(size: int, work: Callable[..., None], *args: Any) -> None:
-    """Run `work(rank, *args)` in processes of one gloo group; the first failure is raised."""
+    """Run `work(rank, *args)` in processes of one gloo group; the first failure is raised.
+
+    They are forked from a process that has read torch and our packages, and nothing else, once for all tests.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, args=(size, port, work, args), nprocs=size)
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    torch.multiprocessing.start_processes(_enter, (size, port, work, args), size, start_method="forkserver")
 
 
 def _enter(rank: int, size: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
