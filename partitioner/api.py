@@ -207,7 +207,7 @@ class Plan:
         Args:
             profile: a profile, its file, or the name of a shipped one; by default that of this machine.
             backend: `lockstep`, `gloo`, or another transport that the profile knows.
-            threads: CPU threads per process; the most that the profile knows by default.
+            threads: CPU threads per process; by default the most that the profile knows, shared out over gloo's ranks.
 
         Raises:
             PartitionError: when the profile cannot be read, or does not know the transport.

@@ -99,7 +99,7 @@ def plan_time(model: ir.Model, cost: PlanCost, profile: Profile, transport: str 
     Args:
         cost: see `partitioner.cost.plan_cost`.
         transport: `lockstep`, `gloo`, or another one that the profile knows.
-        threads: of a process (None: the most that the profile knows).
+        threads: of a process (None: the most that the profile knows, with gloo shared out among the ranks).
 
     Raises:
         PartitionError: when the profile does not know the transport.
@@ -113,6 +113,8 @@ class _Clock:
     def __init__(self, model: ir.Model, mesh: Mesh, profile: Profile, transport: str, threads: int | None) -> None:
         profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know before anything is computed
         self.model, self.mesh, self.profile, self.transport = model, mesh, profile, transport
+        if threads is None and transport == "gloo":
+            threads = max(1, profile.for_threads().threads // mesh.size)
         self.kernels: Kernels = profile.for_threads(threads)
         self.lifetimes: Lifetimes = find_lifetimes(model)
         self.turns = count_turns(model)

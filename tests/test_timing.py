@@ -123,6 +123,8 @@ def test_plans_tell_their_time(sources, tmp_path) -> None:
     PROFILE.save(tmp_path / "profile.json")
     forecasts = [plan.time(p, threads=1).seconds for p in (PROFILE, "default", tmp_path / "profile.json")]
     assert len(set(forecasts)) == 1
+    alone, shared = (plan.time(PROFILE, "gloo", threads).seconds for threads in (1, None))
+    assert alone == shared > plan.time(PROFILE, "gloo", 2).seconds
     assert plan.time("h100", "nccl").seconds < forecasts[0]
 
 
