@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -229,27 +229,32 @@ class FileRun:
 
         with contextlib.ExitStack() as stack:
             sources, refs = self._sources(stack)
-            sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
+            sinks, places = self._sinks(sources)
             runner = make_runner(self.plan.model, self.backend, self.device) if shared is None else shared
             if shared is None:
                 stack.callback(runner.close)
-            with self._ready(sinks, places) as (outputs, saving):
-                runner.run_files(RunFiles(refs, streamed(sources), outputs, saving=saving), progress)
+            with self._prepared(sinks):
+                runner.run_files(RunFiles(refs, streamed(sources), places, saving=self._saving), progress)
             assert runner.report is not None
             return runner.report
 
-    @contextlib.contextmanager
-    def _ready(self, sinks: Mapping[str, Sink], places: Mapping[str, Any]) -> Generator[
-            tuple[dict[str, Any], Saving | None]]:
-        """The outputs, ready to be written, and how the run is saved."""
-        if self.saved is None:
-            with prepared(sinks.values()):
-                yield dict(places), None
-            return
-        for path, part in (self.saved.parts if self.saved.goes_on else {}).items():
+    @property
+    def _saving(self) -> Saving | None:
+        return None if self.saved is None else self.saved.saving
+
+    def _sinks(self, sources: Mapping[str, Source]) -> tuple[dict[str, Sink], dict[str, Any]]:
+        """See `make_sinks`; a run that goes on has its unfinished files."""
+        sinks, places = make_sinks(self.plan, self.outputs, _spatial(sources))
+        if self.saved is None or not self.saved.goes_on:
+            return sinks, places
+        for path, part in self.saved.parts.items():
             sinks[path].part = type(sinks[path].part).from_json(part)
-        with kept(self.saved, sinks, self.plan):
-            yield {n: (_part_of(sinks, part), member) for n, (part, member) in places.items()}, self.saved.saving
+        return sinks, {name: (_part_of(sinks, part), member) for name, (part, member) in places.items()}
+
+    def _prepared(self, sinks: Mapping[str, Sink]) -> contextlib.AbstractContextManager[None]:
+        from runtime.unfinished import kept, prepared
+
+        return prepared(sinks.values()) if self.saved is None else kept(self.saved, sinks, self.plan.save)
 
     def join(self, place: Place, progress: Progress | None = None) -> RunReport | None:
         """Run as one rank of a group that has been joined; rank 0 returns the figures.
@@ -261,23 +266,31 @@ class FileRun:
         """
         from runtime import group
         from runtime.rank import RunFiles
+        from runtime.unfinished import removed
 
         problem: str | None = None
-        refs, streams, outputs = {}, frozenset[str](), None
+        refs, streams, sinks, places = {}, frozenset[str](), {}, {}
         with contextlib.ExitStack() as stack:
             try:
                 self._check_place(place)
                 sources, refs = self._sources(stack)
                 streams = streamed(sources)
                 if place.rank == 0:
-                    ready = self._ready(*make_sinks(self.plan, self.outputs, _spatial(sources)))
-                    outputs = stack.enter_context(ready)
+                    sinks, places = self._sinks(sources)
             except PartitionError as error:
                 problem = str(error)
             group.agree(problem)
             self._compare_plans()
-            places, saving = group.broadcast(outputs)
-            reports = self._run_rank(place, RunFiles(refs, streams, places, saving=saving), progress)
+            places, saving = group.broadcast((places, self._saving))
+            files = RunFiles(refs, streams, places, saving=saving)
+            with removed(files):  # by then all know what rank 0 is about to make
+                try:
+                    if place.rank == 0:
+                        stack.enter_context(self._prepared(sinks))
+                except PartitionError as error:
+                    problem = str(error)
+                group.agree(problem)
+                reports = self._run_rank(place, files, progress)
         return _summary(reports) if place.rank == 0 else None
 
     def _run_rank(self, place: Place, files: RunFiles, progress: Progress | None) -> list[RankReport]:
@@ -287,12 +300,8 @@ class FileRun:
 
         device = group.rank_device(self.device, place)
         who = f"rank {place.rank}: "
-        try:
-            runner = guarded(lambda: RankRunner(self.plan.model, place, device, self.backend), who)
-            return group.gather(guarded(lambda: runner.run(files, progress), who))
-        except BaseException:
-            files.remove()  # rank 0, which prepared them, may be the one that died
-            raise
+        runner = guarded(lambda: RankRunner(self.plan.model, place, device, self.backend), who)
+        return group.gather(guarded(lambda: runner.run(files, progress), who))
 
     def _check_place(self, place: Place) -> None:
         from runtime import group
@@ -352,58 +361,3 @@ def _spatial(sources: Mapping[str, Source]) -> Source | None:
     """The source whose place in the world goes over to the outputs, the first where none has one."""
     known = tuple(sources.values())
     return next(iter((*(s for s in known if s.meta is not None), *known)), None)
-
-
-@contextlib.contextmanager
-def prepared(sinks: Iterable[Sink]) -> Generator[None]:
-    """Prepare all sinks, commit them when the block succeeds, remove them when it fails.
-
-    Raises:
-        ExecutionError: when the disk is full.
-    """
-    known = list(sinks)
-    try:
-        for sink in known:
-            sink.prepare()
-        yield
-        for sink in known:
-            sink.commit()
-    except BaseException:
-        try:
-            _abort(known)
-        except BaseException:  # a signal while cleaning up: finish first
-            _abort(known)
-            raise
-        raise
-
-
-@contextlib.contextmanager
-def kept(saved: SavedRun, sinks: Mapping[str, Sink], plan: Plan) -> Generator[None]:
-    """As `prepared`, but what is unfinished stays when the block fails after the run was saved.
-
-    Raises:
-        PartitionError: when there is no room for it.
-        ExecutionError: when the disk is full.
-    """
-    try:
-        saved.begin(plan.save, {path: sink.part.to_json() for path, sink in sinks.items()})
-        if not saved.goes_on:
-            for sink in sinks.values():
-                sink.prepare()
-        yield
-        for sink in sinks.values():
-            sink.commit(keep=saved.saving.is_saved)
-        saved.remove()
-    except BaseException:
-        if not saved.saving.is_saved:
-            _abort(list(sinks.values()))
-            saved.forsake()
-        raise
-    finally:
-        saved.release()
-
-
-def _abort(sinks: Sequence[Sink]) -> None:
-    for sink in sinks:
-        sink.abort()
-

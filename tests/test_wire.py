@@ -20,13 +20,14 @@ import torch
 
 import partitioner as pt
 from partitioner import dialect
-from partitioner.files import make_sinks, open_inputs, prepared, streamed
+from partitioner.files import make_sinks, open_inputs, streamed
 from partitioner.geometry import hull
 from runtime.feeds import to_numpy
 from runtime.rank import FileRef, RunFiles
 from runtime.session import PoolRunner
 from runtime.transports import Parcel
 from runtime.transports.distributed import _as_bytes
+from runtime.unfinished import prepared
 from tests.command import SHAPE, Array, convolution, model, value, volume
 from tests.models import NETWORKS
 
