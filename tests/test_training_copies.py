@@ -92,7 +92,7 @@ EMPTY = {"depth": (0, 12, 12)}
 
 
 @pytest.mark.parametrize(("mesh", "cuts", "options", "shard", "size"), [
-    ("depth=2", EVEN, {}, None, 4),
+    pytest.param("depth=2", EVEN, {}, None, 4, marks=pytest.mark.slow),
     ("depth=2", EMPTY, {"global_statistics": True}, None, 4),
     (None, None, {"checkpoint": True}, None, 2),
     pytest.param(None, None, {"global_statistics": True}, None, 3, marks=pytest.mark.slow),

@@ -51,7 +51,8 @@ def work(rank: int, path: str, cuts: tuple[int, ...] | None) -> None:
         assert all(torch.equal(buffers[k], b) for k, b in everywhere[0][1].items())
 
 
-@pytest.mark.parametrize("cuts", [None, (0, 5, 5, 13)], ids=["even", "a rank without cells"])
+@pytest.mark.parametrize("cuts", [pytest.param(None, id="even", marks=pytest.mark.slow),
+                                  pytest.param((0, 5, 5, 13), id="a rank without cells")])
 def test_gradients_are_summed_over_ranks(cuts: tuple[int, ...] | None, tmp_path: Path) -> None:
     path = NETWORKS[NAME].export(tmp_path / "m.onnx", dtype="float64", keep_batch_norm=True)
     in_processes(SIZE, work, str(path), cuts)

@@ -56,7 +56,8 @@ def on_ranks(rank: int, dtype: torch.dtype, cuts: dict[str, Any] | None) -> None
         assert off(grad, theirs[name], largest / 10) < 2 * HALF[dtype], name
 
 
-@pytest.mark.parametrize("cuts", [None, EMPTY], ids=["even", "a rank without cells"])
+@pytest.mark.parametrize("cuts", [pytest.param(None, id="even", marks=pytest.mark.slow),
+                                  pytest.param(EMPTY, id="a rank without cells")])
 def test_autocast_over_processes(cuts: dict[str, Any] | None) -> None:
     in_processes(2, on_ranks, torch.bfloat16, cuts)
 
