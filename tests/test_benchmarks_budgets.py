@@ -36,6 +36,7 @@ def printed(result: CaseResult) -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_smoke_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "found.json"
     status = main(["run", "--suite", "depth-first-smoke", "--repeats", "1", "--threads", "1", "--output", str(output)])

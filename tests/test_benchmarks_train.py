@@ -83,6 +83,7 @@ def test_the_curve_does_not_depend_on_the_mesh(mesh: str, alone: tuple[Path, lis
     assert_alike(here(tmp_path, "--mesh", mesh, "--backend", "lockstep"), alone[1])
 
 
+@pytest.mark.slow
 def test_nor_on_processes(alone: tuple[Path, list[Row]], tmp_path: Path) -> None:
     found = finish(started(tmp_path, "--mesh", "height=2", "--json"))
     assert found.code == 0, found.err
