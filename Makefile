@@ -14,7 +14,8 @@ TORCH  ?= torch==2.13.0
 
 BIN     = $(VENV)/bin
 PACKAGES = partitioner passes runtime
-# One thread per process: pytest runs $(JOBS) processes side by side.
+# One thread per process: pytest runs $(JOBS) processes side by side; each begins with a part of its own, so that what a
+# file's tests share is mostly made once.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
@@ -42,7 +43,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" $(PYTEST_ARGS)
