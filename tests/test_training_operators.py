@@ -22,7 +22,7 @@ from passes.pipeline import Pipeline
 from runtime.training.module import PartitionedModule
 from tests.examples import Case, case_model, examples
 from tests.oracle import as_double, reference64
-from tests.test_conformance import doubled, layouts
+from tests.test_conformance import doubled, some_layouts, some_or_all
 
 Array = np.ndarray
 
@@ -100,13 +100,14 @@ def test_gradients_are_those_of_the_reference(case: Case) -> None:
     assert abs(mine - expected) <= ROUNDING * max(scale, abs(expected), 1e-3), (mine, expected)
 
 
+@some_or_all
 @by_name
-def test_gradients_are_the_same_on_every_mesh(case: Case) -> None:
+def test_gradients_are_the_same_on_every_mesh(case: Case, every: bool) -> None:
     model, inputs = drawn(case)
     if not differentiable(model):
         return
     _, expected = gradients(pt.partition(model).module().eval(), inputs)
-    for mesh, cuts in layouts(case, next(iter(inputs.values())).shape):
+    for mesh, cuts in some_layouts(case, next(iter(inputs.values())).shape, every):
         _, found = gradients(pt.partition(model, mesh=mesh, cuts=cuts).module().eval(), inputs)
         assert set(found) == set(expected)
         for name, grad in expected.items():
