@@ -39,6 +39,7 @@ from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
     from partitioner.budget import Budget
+    from partitioner.page import Alternative
     from partitioner.profile import Profile
     from partitioner.timing import PlanTime
     from runtime.session import Runner, RunReport
@@ -221,6 +222,17 @@ class Plan:
     def report(self, width: int = 160) -> str:
         """The plan as a table of text, `width` columns wide."""
         return to_text(render(self.model, self.cost), width)
+
+    def report_html(self, path: str | Path, name: str = "", alternatives: Sequence[Alternative] = (),
+                    explain: str = "") -> None:
+        """Write the plan as one HTML page to look at; see `partitioner.page.page_data` for the arguments.
+
+        Raises:
+            PartitionError: when the path cannot be written, or an alternative is not understood.
+        """
+        from partitioner.page import write_page
+
+        write_page(checked_path(path), self.model, self.cost, name, alternatives, explain)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data for programs; see `partitioner.report.plan_dict`."""

@@ -1,4 +1,4 @@
-"""The command `partition`: plan, compile, run, verify, calibrate."""
+"""The command `partition`: plan, report, compile, run, verify, calibrate."""
 
 from __future__ import annotations
 
@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _with_operators(_plan), "show layouts, halos, memory and traffic of a partition")
     _model_options(plan, "MODEL", "an ONNX model (or a plan)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    report = _command(commands, "report", _with_operators(_report), "write a page that shows a partition (HTML)")
+    _model_options(report, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
+    report.add_argument("-o", "--output", metavar="FILE.html", required=True, help="page to write")
     compile_ = _command(commands, "compile", _with_operators(_compile), "write a partition as an ONNX file")
     _model_options(compile_, "MODEL", "an ONNX model (or a plan)")
     compile_.add_argument("-o", "--output", metavar="FILE", help="file to write (text goes to the screen without it)")
@@ -210,6 +213,14 @@ def _plan(options: argparse.Namespace) -> int:
         raise
     except OSError as error:
         raise Unwritable(error.strerror or str(error)) from None
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from partitioner.options import load_plan
+
+    load_plan(options).report_html(options.output, os.path.basename(options.model))
+    say(f"wrote {options.output}")
     return 0
 
 
