@@ -19,13 +19,14 @@ PACKAGES = partitioner passes runtime
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-architectures lint types layers unit clean
+.PHONY: help demo test test-slow test-architectures test-browser lint types layers unit clean
 
 help:
 	@echo "make demo       install, then partition, run and verify a 3D U-Net on 4 processes (CPU)"
 	@echo "make test       install, then all checks: ruff, pyright, import layers, pytest"
 	@echo "make test-slow  the tests marked slow, too long for every change"
 	@echo "make test-architectures  install the packages of published networks, then partition them all"
+	@echo "make test-browser  install what drives a browser, then look at the page of partition report in Chromium"
 	@echo "make lint       ruff, pyright and import layers only"
 	@echo "make clean      remove the environment, caches and outputs"
 
@@ -46,10 +47,13 @@ unit: $(VENV)/.installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu and not browser" $(PYTEST_ARGS)
 
 test-architectures: $(VENV)/.installed-networks
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" tests/test_architectures.py $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.installed-browser
+	$(ONE_THREAD) $(BIN)/python -m pytest -m browser tests/test_page_browser.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -70,6 +74,10 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch
 $(VENV)/.installed-networks: $(VENV)/.installed-test
 	@$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[test,networks]"
+	@touch $@
+
+$(VENV)/.installed-browser: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable ".[test,browser]"
 	@touch $@
 
 $(VENV)/.torch: | $(BIN)/python
