@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.axes import named_axes
-from partitioner.compiler import compile_plan, plain_model
+from partitioner.compiler import DepthFirst, compile_plan, plain_model
 from partitioner.compose import Around, Wrapping, compose
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
@@ -160,8 +160,8 @@ class Plan:
         found = parse_mesh(mesh, source)
         try:
             with with_nearest_shapes(source, shapes):
-                def lay_out(rolled: str | None) -> ir.Model:
-                    return compile_plan(source, found, shapes, cuts, dump_dir, strict, rolled=rolled)
+                def lay_out(order: DepthFirst | None) -> ir.Model:
+                    return compile_plan(source, found, shapes, cuts, dump_dir, strict, order=order)
 
                 if budget is None:
                     return cls(lay_out(None), source, cuts, strict)
@@ -199,7 +199,8 @@ class Plan:
             return found
         from partitioner.budget import slab_peaks
 
-        return replace(found, slab_peak=slab_peaks(self.model))
+        each, together = slab_peaks(self.model)
+        return replace(found, slab_peak=each, slab_peak_together=together)
 
     def time(self, profile: Profile | str | Path | None = None, backend: str = "lockstep",
              threads: int | None = None) -> PlanTime:

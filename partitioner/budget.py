@@ -2,7 +2,7 @@
 
 The candidates are laid out once per axis; per thickness their programs are followed step by step, so that what is
 compared are the buffers that will be there.  Of those that fit, the one with the least work beside the arithmetic is
-taken: slabs add steps and copies, files add traffic; nothing is ever computed twice.
+taken: slabs add steps and copies, files add traffic, strips across the slabs compute cells near their cuts twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -18,10 +18,14 @@ import onnx_ir as ir
 import torch
 
 from partitioner import dialect
+from partitioner.axes import named_axes
+from partitioner.compiler import DepthFirst
 from partitioner.cost import cells
 from partitioner.errors import PartitionError
 from partitioner.exchange import IntArray
-from partitioner.rolling import order_stages, rolled_axis
+from partitioner.lifetime import find_lifetimes
+from partitioner.rolling import rolled_axis
+from partitioner.strips import CutPoints, Prices
 from runtime.forecast import Memory, forecast
 from runtime.monitor import anonymous_memory
 from runtime.program import Program, localise
@@ -38,6 +42,13 @@ PER_THREAD = 4 * 2**20
 _STEP_SECONDS = 60e-6
 _COPY_BYTES = 5e9
 _FILE_BYTES = 5e8
+_OPERATION_SECONDS = 1e-11
+
+MOST_STRIPS = 64
+"""Strips into which a shard is cut at most."""
+
+THINNEST_STRIP = 8
+"""Cells of a strip, at least."""
 
 
 def parse_bytes(given: str | int, what: str = "memory") -> int:
@@ -94,8 +105,10 @@ class Budget:
         return cls(parse_bytes(memory), resting, arrays, together, held)
 
     def shards(self, model: ir.Model) -> int:
-        """Ranks in the process."""
-        return dialect.get_mesh(model).size if self.together else 1
+        """Ranks that are in the process at once."""
+        schedule = dialect.get_schedule(model)
+        in_turns = schedule is not None and bool(schedule.strips)
+        return dialect.get_mesh(model).size if self.together and not in_turns else 1
 
     def taken(self, model: ir.Model) -> int:
         """Bytes that are there beside activations and weights: the process as it is, arrays, libraries."""
@@ -106,55 +119,136 @@ class Budget:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan with one schedule, and what it will take."""
+    """A plan with one schedule, and what it will take.
+
+    Args:
+        steps: of all ranks of the process.
+        twice: operations that several strips do.
+        needed: bytes that the process will hold.
+        is_exact: whether all strips were followed, not one for all: then a process needs no less, perhaps more.
+    """
 
     model: ir.Model
     schedule: dialect.Schedule | None
     files: tuple[str, ...]
     memory: Memory
     steps: int
+    twice: float
     needed: int
+    is_exact: bool = True
 
     @property
     def seconds(self) -> float:
-        """Estimated time beside the arithmetic, which all candidates share."""
+        """Estimated time beside the arithmetic that all candidates share."""
         copied = sum(copy.nbytes for copy in self.memory.copies)
-        return self.steps * _STEP_SECONDS + copied / _COPY_BYTES + 2 * self.memory.filed / _FILE_BYTES
+        return (self.steps * _STEP_SECONDS + copied / _COPY_BYTES + 2 * self.memory.filed / _FILE_BYTES
+                + self.twice * _OPERATION_SECONDS)
 
 
-def fit(lay_out: Callable[[str | None], ir.Model], axes: Sequence[str], budget: Budget) -> ir.Model:
+LayOut = Callable[[DepthFirst | None], ir.Model]
+"""Compiles the plan: in whole-shard steps, or depth first."""
+
+
+def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
     """The plan that keeps to a budget with the least work.
 
+    Slabs along one axis are tried first; where they do not suffice, and one process holds all, strips across them.
+
     Args:
-        lay_out: compiles the plan, to be rolled along an axis or (None) in whole-shard steps.
         axes: those that no rank of the mesh splits.
 
     Raises:
         PartitionError: when none keeps to it, with the smallest budget that one does.
     """
     smallest: Candidate | None = None
-    fitting: list[Candidate] = []
-    for axis in (None, *axes):
-        model = lay_out(axis)
-        room = _Room(budget, budget.taken(model), budget.shards(model))
-        for candidate in _candidates(model, axis, room):
+    room: _Room | None = None
+    for group in _groups(lay_out, axes, budget):
+        fitting: list[Candidate] = []
+        for room, candidate in group:
             if smallest is None or candidate.needed < smallest.needed:
                 smallest = candidate
-            if room.fits(candidate.memory):
+            if candidate.is_exact and room.fits(candidate.memory):
                 fitting.append(candidate)
-        if fitting:  # along a later axis slabs are not dense in storage
+        if fitting:
+            best = min(fitting, key=lambda c: c.seconds)
+            _mark(best.model, best.schedule, best.files)
+            return best.model
+    assert smallest is not None and room is not None
+    if not smallest.is_exact:
+        _mark(smallest.model, smallest.schedule, ())
+        smallest = room.candidate(smallest.model, smallest.schedule, _programs(smallest.model), smallest.files)
+    activations = smallest.memory.peak * budget.shards(smallest.model)
+    needed = smallest.needed + max(0, budget.taken(smallest.model) - room.taken)  # the search itself leaves something
+    raise PartitionError(
+        f"memory {_text(budget.total)}: this model at these extents needs at least {_text(needed)} "
+        f"({_text(needed - activations)} of it for the process, "
+        f"{'arrays, ' if budget.arrays else ''}libraries and weights); give that much"
+        + (", or split it over more ranks" if budget.shards(smallest.model) == 1
+           else ", or a process per rank (backend gloo)"))
+
+
+def _groups(lay_out: LayOut, axes: Sequence[str],
+            budget: Budget) -> Iterator[Iterator[tuple[_Room, Candidate]]]:
+    """Candidates in groups: one is chosen of the first group in which any fits."""
+    whole = lay_out(None)
+    room = _Room(budget, budget.taken(whole), budget.shards(whole))
+
+    def slabs() -> Iterator[tuple[_Room, Candidate]]:
+        yield room, room.candidate(whole, None, [localise(whole, _largest_rank(whole))])
+        if axes:
+            yield from ((room, found) for found in _candidates(lay_out(DepthFirst(axes[0])), axes[0], room))
+
+    yield slabs()
+    for axis in axes[1:]:  # slabs along later axes are not dense in storage
+        yield ((room, found) for found in _candidates(lay_out(DepthFirst(axis)), axis, room))
+    if not budget.together or dialect.get_mesh(whole).size > 1:
+        return
+    least = math.inf
+    for strips in _strips(whole, axes):
+        met = _strip_candidates(lay_out, axes[0], strips, room)
+        yield ((room, found) for found in met)
+        smallest = min((found.needed for found in met), default=math.inf)
+        if smallest > 0.97 * least:
+            return
+        least = smallest
+
+
+def _strips(model: ir.Model, axes: Sequence[str]) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Twice as many strips each time, by cutting the longest of their axes once more; batches first."""
+    extents = {name: max((dialect.shape_of(v)[places[name]] for v in model.graph.inputs
+                          if name in (places := named_axes(model)[str(v.name)])), default=1) for name in axes[1:]}
+    counts = dict.fromkeys(extents, 1)
+    while math.prod(counts.values()) < MOST_STRIPS:
+        def width(name: str) -> float:
+            alone = name == "batch" and extents[name] > counts[name]
+            return math.inf if alone else extents[name] / counts[name]
+
+        name = max(counts, key=width, default=None)
+        if name is None or extents[name] / counts[name] < (2 if name == "batch" else 2 * THINNEST_STRIP):
+            return
+        counts[name] = min(2 * counts[name], extents[name])
+        yield tuple((name, count) for name, count in counts.items() if count > 1)
+
+
+def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int], ...],
+                      room: _Room) -> list[Candidate]:
+    """Strips that meet seldom, often, or where the estimated time is least; as thick slabs as fit."""
+    met = lay_out(DepthFirst(axis, strips, frozenset()))
+    points = CutPoints(met, [name for name, _ in strips])
+    once = sum(points.work.values())
+    found: list[Candidate] = []
+    seen: set[frozenset[str]] = set()
+    for byte in (0.0, 2 / _FILE_BYTES, 1.0):
+        names = points.choose(Prices(_OPERATION_SECONDS, byte))
+        if names in seen:
+            continue
+        seen.add(names)
+        model = lay_out(DepthFirst(axis, strips, names))
+        twice = sum(points.work_of(model).values()) - once
+        found += _candidates(model, axis, room, twice)
+        if not any(c.is_exact for c in found):  # the more seldom strips meet, the more each of them holds
             break
-    assert smallest is not None
-    if not fitting:
-        shards = budget.shards(smallest.model)
-        raise PartitionError(
-            f"memory {_text(budget.total)}: this model at these extents needs at least {_text(smallest.needed)} "
-            f"({_text(smallest.needed - smallest.memory.peak * shards)} of it for the process, "
-            f"{'arrays, ' if budget.arrays else ''}libraries and weights); give that much"
-            + (", or split it over more ranks" if shards == 1 else ", or a process per rank (backend gloo)"))
-    best = min(fitting, key=lambda c: c.seconds)
-    _mark(best.model, best.schedule, best.files)
-    return best.model
+    return found
 
 
 def _text(count: float) -> str:
@@ -184,49 +278,68 @@ class _Room:
         """Whether the budget is kept."""
         return self.needed(memory) <= self.budget.total and not self.crowded(memory)
 
+    def candidate(self, model: ir.Model, schedule: dialect.Schedule | None, programs: Sequence[Program],
+                  files: tuple[str, ...] = (), twice: float = 0) -> Candidate:
+        """A plan with what it will take."""
+        memory = forecast(programs, frozenset(files))
+        steps = sum(len(program.steps) for program in programs)
+        return Candidate(model, schedule, files, memory, steps, twice, self.needed(memory))
 
-def _candidates(model: ir.Model, axis: str | None, room: _Room) -> Iterator[Candidate]:
+
+def _candidates(model: ir.Model, axis: str, room: _Room, twice: float = 0) -> Iterator[Candidate]:
     """Thick slabs first, down to where thinner ones need no less or only add steps."""
-    rank = _largest_rank(model)
-    if axis is None:
-        yield _candidate(model, None, localise(model, rank), (), room)
-        return
-    chains = sum(stage.is_chain for stage in order_stages(list(model.graph), axis))
+    given = dialect.get_schedule(model)
+    assert given is not None
     longest = max((dialect.shape_of(v)[a] for v in model.graph.inputs
                    if (a := rolled_axis(v, axis)) is not None), default=1)
     thickness = 1 << max(0, (longest // 4).bit_length() - 1)
     least = math.inf
-    while thickness and longest > 1 and chains:
-        schedule = dialect.Schedule(axis, (thickness,) * chains)
+    while thickness and longest > 1 and given.thickness:
+        schedule = replace(given, thickness=(thickness,) * len(given.thickness))
         dialect.set_schedule(model, schedule)
-        program = localise(model, rank)
-        found = _candidate(model, schedule, program, (), room)
-        frugal = _candidate(model, schedule, program, _resting(program), room)
-        if room.fits(found.memory):
+        one = localise(model, _largest_rank(model))
+        frugal = room.candidate(model, schedule, [one], _resting(one), twice)
+        fits = room.fits(frugal.memory)
+        if not given.strips:
+            found = room.candidate(model, schedule, [one], (), twice)
+            yield found if room.fits(found.memory) else _with_files(found, [one], room) if fits else frugal
+            if room.fits(found.memory):
+                return
+        elif fits:
+            programs = _programs(model)
+            found = _with_files(room.candidate(model, schedule, programs, (), twice), programs, room)
             yield found
-            return
-        yield _with_files(found, program, room) if room.fits(frugal.memory) else frugal
+            if not found.files and room.fits(found.memory):
+                return
+        else:
+            yield replace(frugal, is_exact=False)
         if frugal.needed > 0.99 * least:
             return
         least, thickness = frugal.needed, thickness // 2
+
+
+def _programs(model: ir.Model) -> list[Program]:
+    """Those of all strips, or of the rank with the most cells."""
+    schedule = dialect.get_schedule(model)
+    if schedule is None or not schedule.strips:
+        return [localise(model, _largest_rank(model))]
+    lifetimes = find_lifetimes(model)
+    return [localise(model, rank, lifetimes) for rank in dialect.get_mesh(model)]
 
 
 def _resting(program: Program) -> tuple[str, ...]:
     return tuple(name for name, spec in program.buffers.items() if spec.place == "resting")
 
 
-def _with_files(found: Candidate, program: Program, room: _Room) -> Candidate:
-    """The same slabs with as few resting tensors in files as the budget asks for."""
+def _with_files(found: Candidate, programs: Sequence[Program], room: _Room) -> Candidate:
+    """The same slabs with as few resting tensors in files as the budget asks for, or as can be."""
     while not room.fits(found.memory):
-        over = found.memory.crowd if room.crowded(found.memory) else found.memory.rests
-        found = _candidate(found.model, found.schedule, program, (*found.files, over[0]), room)
+        over = [n for n in (found.memory.crowd if room.crowded(found.memory) else found.memory.rests)
+                if n not in found.files]
+        if not over:
+            break
+        found = room.candidate(found.model, found.schedule, programs, (*found.files, over[0]), found.twice)
     return found
-
-
-def _candidate(model: ir.Model, schedule: dialect.Schedule | None, program: Program, files: tuple[str, ...],
-               room: _Room) -> Candidate:
-    memory = forecast(program, frozenset(files))
-    return Candidate(model, schedule, files, memory, len(program.steps), room.needed(memory))
 
 
 def _mark(model: ir.Model, schedule: dialect.Schedule | None, files: Sequence[str]) -> None:
@@ -244,12 +357,21 @@ def _largest_rank(model: ir.Model) -> int:
     return int(np.argmax(total))
 
 
-def slab_peaks(model: ir.Model) -> IntArray:
-    """Peak activation memory of every rank of a plan that is executed depth-first; of many ranks the largest's."""
-    mesh = dialect.get_mesh(model)
+def slab_peaks(model: ir.Model) -> tuple[IntArray, int]:
+    """Peak activation memory of a plan that is executed depth-first: of every rank, and of all in one process.
+
+    Of very many ranks the largest one's stands for all.
+    """
+    mesh, schedule = dialect.get_mesh(model), dialect.get_schedule(model)
+    if schedule is not None and schedule.strips:
+        programs = _programs(model)
+        each = [forecast([program]).peak for program in programs]
+        return np.array(each, np.int64).reshape(mesh.shape), forecast(programs).peak
     if mesh.size > _FOLLOWED:
-        return np.full(mesh.shape, forecast(localise(model, _largest_rank(model))).peak, np.int64)
-    return np.array([forecast(localise(model, rank)).peak for rank in mesh], np.int64).reshape(mesh.shape)
+        found = np.full(mesh.shape, forecast([localise(model, _largest_rank(model))]).peak, np.int64)
+    else:
+        found = np.array([forecast([localise(model, rank)]).peak for rank in mesh], np.int64).reshape(mesh.shape)
+    return found, int(found.sum())
 
 
 _FOLLOWED = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from passes.annotate_devices import AnnotateDevices
 from passes.assign_shards import AssignShards
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
+from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
 from passes.merge_exchanges import MergeExchanges
@@ -29,44 +31,68 @@ from passes.split_reductions import SplitReductions
 Shapes = Mapping[str, Sequence[int]]
 
 
+@dataclass(frozen=True)
+class DepthFirst:
+    """How ranks go through their shards.
+
+    Args:
+        axis: the mesh axis along which they go slab by slab; `partitioner.budget` chooses how thick slabs are.
+        strips: shards along other mesh axes that one rank takes one after the other, as (mesh axis, count).
+        recomputed: values whose halos every strip computes itself; None for all for which that can be done.
+    """
+
+    axis: str
+    strips: tuple[tuple[str, int], ...] = ()
+    recomputed: frozenset[str] | None = None
+
+    @property
+    def strip_axes(self) -> tuple[str, ...]:
+        """The mesh axes of the strips."""
+        return tuple(name for name, _ in self.strips)
+
+
 Purpose = Literal["inference", "evaluation", "training"]
 """What a plan is for: inference folds weights together, evaluation keeps them as the file has them (for a module
 that also trains), training replaces layers by what they do in training."""
 
 
 def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False,
-                      purpose: Purpose = "inference", rolled: str | None = None) -> Pipeline:
+                      purpose: Purpose = "inference", order: DepthFirst | None = None) -> Pipeline:
     """The passes that make a plan, in order."""
+    rolled, strips = (None, ()) if order is None else (order.axis, order.strip_axes)
+    if order is not None:
+        mesh = Mesh.parse({**dict(mesh.axes), **dict(order.strips)})
     return Pipeline((
         Canonicalize(shapes, strict, fold_norms=purpose == "inference", mesh=mesh),
         *((PrepareTraining(),) if purpose == "training" else ()),
         AssignShards(mesh, cuts, () if rolled is None else (rolled,)),
         InsertReshards(),
         SplitReductions(),
+        *((DeepenHalos(strips, order.recomputed),) if order is not None and strips else ()),
         InsertHaloExchanges(),
         MergeExchanges(),
-        Schedule(rolled=rolled),
+        Schedule(rolled=rolled, strips=strips),
         AnnotateDevices(),
     ))
 
 
 def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],
                  dump_dir: Path | None = None, strict: bool = False, purpose: Purpose = "inference",
-                 rolled: str | None = None) -> ir.Model:
+                 order: DepthFirst | None = None) -> ir.Model:
     """A plan of a model; the model itself stays as it is.
 
     Args:
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators that have no sharded rule.
         purpose: see `Purpose`.
-        rolled: a mesh axis along which ranks go slab by slab; `partitioner.budget` chooses how thick slabs are.
+        order: how ranks go through their shards when not all at once.
 
     Raises:
         PartitionError: when the model cannot be kept exact on this mesh with these extents.
     """
     model = source.clone()
     observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
-    return standard_pipeline(mesh, shapes, cuts, strict, purpose, rolled).run(model, observers)
+    return standard_pipeline(mesh, shapes, cuts, strict, purpose, order).run(model, observers)
 
 
 def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:

@@ -52,12 +52,14 @@ class PlanCost:
 
     Args:
         slab_peak: peak activation memory per rank of a plan that is executed depth-first.
+        slab_peak_together: that of all ranks in one process.
     """
 
     mesh: Mesh
     steps: tuple[StepCost, ...]
     weight_bytes: int
     slab_peak: IntArray | None = None
+    slab_peak_together: int = 0
 
     @property
     def peak(self) -> IntArray:
@@ -70,7 +72,7 @@ class PlanCost:
     def peak_together(self) -> int:
         """Peak activation memory of all ranks in one process, in bytes: one rank computes at a time."""
         if self.slab_peak is not None:
-            return int(self.slab_peak.sum())
+            return self.slab_peak_together
         totals = [int((s.live - s.workspace).sum() + s.workspace.max(initial=0)) for s in self.steps]
         return max(totals, default=0)
 

@@ -204,13 +204,15 @@ class Schedule:
     Args:
         axis: the mesh axis along which slabs follow one another.
         thickness: per chain the cells of a slab, along the longest axis in the chain.
+        strips: mesh axes whose shards are strips of one rank: one goes through a stage after the other.
     """
 
     axis: str
     thickness: tuple[int, ...]
+    strips: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.axis}/{','.join(map(str, self.thickness))}"
+        return " ".join((f"{self.axis}/{','.join(map(str, self.thickness))}", *self.strips))
 
 
 def get_schedule(model: ir.Model) -> Schedule | None:
@@ -218,8 +220,9 @@ def get_schedule(model: ir.Model) -> Schedule | None:
     text = model.metadata_props.get(_SCHEDULE)
     if text is None:
         return None
-    axis, _, thickness = text.partition("/")
-    return Schedule(axis, tuple(int(n) for n in thickness.split(",") if n))
+    slabs, *strips = text.split(" ")
+    axis, _, thickness = slabs.partition("/")
+    return Schedule(axis, tuple(int(n) for n in thickness.split(",") if n), tuple(strips))
 
 
 def set_schedule(model: ir.Model, schedule: Schedule) -> None:

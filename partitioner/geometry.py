@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -62,6 +63,8 @@ def span(start: int, stop: int) -> Pieces:
 
 def extent(parts: Pieces) -> int:
     """How many cells the pieces hold."""
+    if len(parts) == 1:
+        return parts[0].stop - parts[0].start
     return sum(len(i) for i in parts)
 
 
@@ -108,6 +111,8 @@ def local_slices(held: Pieces, wanted: Pieces, joined: bool = True) -> tuple[sli
     Raises:
         ValueError: when a wanted cell is not held.
     """
+    if len(held) == len(wanted) == 1 and held[0].contains(wanted[0]):
+        return (slice(wanted[0].start - held[0].start, wanted[0].stop - held[0].start),)
     found: list[slice] = []
     for want in wanted:
         offset = 0
@@ -142,7 +147,7 @@ def parse_pieces(text: str) -> Pieces:
     return pieces(Interval(int(start), int(stop)) for start, stop in bounds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Box:
     """The part of a tensor that lies in `axes[i]` along every axis i."""
 
@@ -153,7 +158,7 @@ class Box:
         """All of a tensor of this shape."""
         return cls(tuple(span(0, n) for n in shape))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Extents of the local tensor."""
         return tuple(extent(axis) for axis in self.axes)

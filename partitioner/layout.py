@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from partitioner.geometry import Box, Pieces, extent, format_pieces, parse_pieces, span
+from partitioner.geometry import Box, Pieces, covers, extent, format_pieces, parse_pieces, pieces, span, subtract, union
 from partitioner.maps import AxisMap
 
 Cuts = tuple[int, ...]
@@ -93,6 +93,26 @@ class Layout:
             axis is None or ((cuts := axis.cuts) is not None and cuts[-1] == n)
             for axis, n in zip(self.axes, self.shape, strict=True)
         )
+
+    @property
+    def is_cover(self) -> bool:
+        """Whether every cell is held by some rank; shards may overlap."""
+        return all(
+            axis is None or covers(pieces(i for part in axis.parts for i in part), span(0, n))
+            for axis, n in zip(self.axes, self.shape, strict=True)
+        )
+
+    def each_once(self) -> Layout:
+        """The same shards without the cells that a shard before them holds."""
+        axes: list[AxisLayout | None] = []
+        for split in self.axes:
+            before: Pieces = ()
+            parts: list[Pieces] = []
+            for part in () if split is None else split.parts:
+                parts.append(subtract(part, before))
+                before = union(before, part)
+            axes.append(None if split is None else AxisLayout(split.mesh_axis, tuple(parts)))
+        return Layout(self.shape, tuple(axes))
 
     def part(self, axis: int, coordinates: Mapping[str, int]) -> Pieces:
         """What the rank at these coordinates holds along a tensor axis."""

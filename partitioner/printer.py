@@ -47,7 +47,8 @@ def _lines(model: ir.Model) -> Iterator[str]:
         yield "passes: " + " ".join(dialect.get_passes(model))
     schedule = dialect.get_schedule(model)
     if schedule is not None:
-        yield f"schedule: along {schedule.axis}, slabs of {', '.join(map(str, schedule.thickness))} cells"
+        strips = f", strips along {', '.join(schedule.strips)}" if schedule.strips else ""
+        yield f"schedule: along {schedule.axis}, slabs of {', '.join(map(str, schedule.thickness))} cells{strips}"
     weights = [v.const_value for v in graph.initializers.values() if v.const_value is not None and v.uses()]
     count = "1 tensor" if len(weights) == 1 else f"{len(weights)} tensors"
     yield f"weights: {count}, {sum(w.nbytes for w in weights)} bytes"

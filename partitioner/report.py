@@ -57,11 +57,12 @@ def plan_dict(model: ir.Model, cost: PlanCost) -> dict[str, Any]:
 
 
 def _schedule(model: ir.Model) -> dict[str, Any] | None:
-    """How the plan is executed depth-first: the axis, the cells of a slab in each chain, what rests in files."""
+    """How the plan is executed depth-first: the axis, the cells of a slab per chain, strips, what rests in files."""
     schedule = dialect.get_schedule(model)
     if schedule is None:
         return None
-    return {"axis": schedule.axis, "thickness": list(schedule.thickness), "files": filed_values(model)}
+    return {"axis": schedule.axis, "thickness": list(schedule.thickness), "strips": list(schedule.strips),
+            "files": filed_values(model)}
 
 
 def filed_values(model: ir.Model) -> list[str]:
@@ -265,9 +266,12 @@ def _remarks(model: ir.Model, cost: PlanCost) -> list[Text]:
     schedule, filed = dialect.get_schedule(model), filed_values(model)
     if schedule is not None:
         thickness = sorted(set(schedule.thickness))
+        strips = " x ".join(f"{cost.mesh.count(name)} along {name}" for name in schedule.strips)
         lines.append(Text(f"depth-first along {schedule.axis}: {len(schedule.thickness)} chains in slabs of "
-                          f"{' or '.join(map(str, thickness))} cells, nothing computed twice; resting in files: "
-                          f"{', '.join(filed) or 'nothing'}"))
+                          f"{' or '.join(map(str, thickness))} cells, "
+                          + (f"{strips} strips one after the other, cells near their cuts computed by both sides; "
+                             if strips else "nothing computed twice; ")
+                          + f"resting in files: {', '.join(filed) or 'nothing'}"))
     for step in cost.steps:
         if is_gather(step.node):
             value = step.node.inputs[0]

@@ -17,7 +17,7 @@ What a later stage reads rests: it is kept whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -81,25 +81,38 @@ def rolled_axis(value: ir.Value, name: str) -> int | None:
     return None
 
 
-def takes_turns(node: ir.Node, name: str) -> bool:
-    """Whether a node can be computed slab by slab along a mesh axis."""
+def takes_turns(node: ir.Node, name: str, strips: Collection[str] = ()) -> bool:
+    """Whether a node can be computed slab by slab along a mesh axis; strips meet between chains."""
     if dialect.is_exchange(node):
         source, target = node.inputs[0], node.outputs[0]
         assert source is not None
         axis = rolled_axis(target, name)
-        return axis is not None and rolled_axis(source, name) == axis
+        return axis is not None and rolled_axis(source, name) == axis and not _brings_together(node, strips)
     if dialect.is_all_reduce(node):
         return False
     return name in dialect.get_partial(node) or any(rolled_axis(v, name) is not None for v in node.outputs)
 
 
-def order_stages(nodes: Sequence[ir.Node], name: str) -> list[Stage]:
-    """The nodes in an order in which every chain is of one piece."""
+def _brings_together(exchange: ir.Node, strips: Collection[str]) -> bool:
+    """Whether an exchange takes cells from strip to strip."""
+    source, target = exchange.inputs[0], exchange.outputs[0]
+    assert source is not None
+    pairs = zip(dialect.get_layout(source).axes, dialect.get_layout(target).axes, strict=True)
+    return any(a != b and any(split is not None and split.mesh_axis in strips for split in (a, b)) for a, b in pairs)
+
+
+def order_stages(nodes: Sequence[ir.Node], name: str, strips: Collection[str] = ()) -> list[Stage]:
+    """The nodes in an order in which every chain is of one piece.
+
+    Args:
+        name: the rolled mesh axis.
+        strips: mesh axes whose shards take turns too, stage by stage.
+    """
     chains: dict[int, list[ir.Node]] = {}
     between: dict[int, list[ir.Node]] = {}
     after: dict[ir.Value, tuple[int, bool]] = {}  # chain that makes a value, and whether it is there slab by slab
     for node in nodes:
-        rolls = takes_turns(node, name)
+        rolls = takes_turns(node, name, strips)
         chain = 0 if rolls else -1
         for value in node.inputs:
             if value is None or value not in after:
@@ -135,7 +148,7 @@ def count_turns(model: ir.Model) -> dict[ir.Node, Turns]:
     found: dict[ir.Node, Turns] = {}
     if schedule is None:
         return found
-    stages = order_stages(list(model.graph), schedule.axis)
+    stages = order_stages(list(model.graph), schedule.axis, schedule.strips)
     for stage, thickness in zip((s for s in stages if s.is_chain), schedule.thickness, strict=True):
         chain = Chain(stage.nodes, schedule.axis)
         found |= {node: Turns(0, 0, chain.extent.get(node.outputs[0], 1)) for node in stage.nodes}
@@ -147,7 +160,7 @@ def count_turns(model: ir.Model) -> dict[ir.Node, Turns]:
 
 
 @dataclass(frozen=True)
-class _Link:
+class Link:
     """Through which map an input of a node depends on one of its outputs (None: on the slab's own progress)."""
 
     source: ir.Value
@@ -171,7 +184,7 @@ class Chain:
         self.nodes = tuple(nodes)
         self.name = name
         members = set(nodes)
-        self.links = {node: _links(node, name) for node in nodes}
+        self.links = {node: links_of(node, name) for node in nodes}
         self.extent: dict[ir.Value, int] = {}
         self.ends: set[ir.Value] = set()
         for node in nodes:
@@ -269,7 +282,7 @@ class Chain:
         return keeps
 
 
-def _furthest(links: Sequence[_Link], upto: Ends, low: int, high: int) -> int:
+def _furthest(links: Sequence[Link], upto: Ends, low: int, high: int) -> int:
     """The largest end, of those from `low` to `high`, for which all inputs have come far enough."""
     while low < high:
         middle = (low + high + 1) // 2
@@ -280,14 +293,15 @@ def _furthest(links: Sequence[_Link], upto: Ends, low: int, high: int) -> int:
     return low
 
 
-def _links(node: ir.Node, name: str) -> tuple[_Link, ...]:
-    found: list[_Link] = []
+def links_of(node: ir.Node, name: str) -> tuple[Link, ...]:
+    """How the inputs of a node depend on its outputs along a mesh axis."""
+    found: list[Link] = []
     if dialect.is_exchange(node):
         source, target = node.inputs[0], node.outputs[0]
         assert source is not None
         axis = rolled_axis(target, name)
         assert axis is not None
-        return (_Link(source, target, identity(dialect.shape_of(target)[axis])),)
+        return (Link(source, target, identity(dialect.shape_of(target)[axis])),)
     partial = name in dialect.get_partial(node)
     splits = reduction_splits(node) if partial else {}
     for index, value in enumerate(node.inputs):
@@ -296,11 +310,11 @@ def _links(node: ir.Node, name: str) -> tuple[_Link, ...]:
             continue
         split = splits.get(index, {}).get(axis)
         if split is not None and split.mesh_axis == name:
-            found.append(_Link(value, None, identity(dialect.shape_of(value)[axis])))
+            found.append(Link(value, None, identity(dialect.shape_of(value)[axis])))
             continue
         for output, target in enumerate(node.outputs):
             out_axis = rolled_axis(target, name)
             needs = needs_of(node, output)[index] if out_axis is not None else None
             if needs is not None and needs[axis].axis == out_axis:
-                found.append(_Link(value, target, needs[axis].map))
+                found.append(Link(value, target, needs[axis].map))
     return tuple(found)

@@ -48,6 +48,7 @@ def _laid_out(model: ir.Model) -> Iterator[str]:
 
 
 def _cover(model: ir.Model) -> Iterator[str]:
+    """Every cell has a rank; cells of outputs and of what is exchanged have one only."""
     mesh = dialect.get_mesh(model)
     for node in (None, *model.graph):
         values = model.graph.inputs if node is None else node.outputs
@@ -55,7 +56,7 @@ def _cover(model: ir.Model) -> Iterator[str]:
             continue
         for value in values:
             layout = dialect.get_layout(value)
-            if not layout.is_partition:
+            if not (layout.is_partition if value.is_graph_output() else layout.is_cover):
                 yield f"shards of {value.name} overlap or leave cells out: {layout}"
             for split in filter(None, layout.axes):
                 ranks = mesh.count(split.mesh_axis)
@@ -106,6 +107,8 @@ def _split(model: ir.Model) -> Iterator[str]:
         if _reduces_sharded(node):
             yield f"{node.name} reduces over sharded axes in one node"
         partial = dialect.get_partial(node)
+        if any(split.cuts is None for axes in reduction_splits(node).values() for split in axes.values()):
+            yield f"{node.name} reduces over shards that overlap"
         if partial and not all(
             dialect.is_all_reduce(user) for value in node.outputs for user, _ in value.uses()
         ):
@@ -144,8 +147,12 @@ def _scheduled(model: ir.Model) -> Iterator[str]:
     if dialect.get_mesh(model).count(schedule.axis) != 1:
         yield f"the schedule goes along {schedule.axis}, which the mesh splits"
         return
+    unknown = [name for name in schedule.strips if name not in dialect.get_mesh(model).names]
+    if unknown:
+        yield f"the schedule has strips along {', '.join(unknown)}, which the mesh lacks"
+        return
     nodes = list(model.graph)
-    stages = order_stages(nodes, schedule.axis)
+    stages = order_stages(nodes, schedule.axis, schedule.strips)
     chains = sum(stage.is_chain for stage in stages)
     if len(schedule.thickness) != chains or min(schedule.thickness, default=1) < 1:
         yield f"the schedule {schedule} is not one of {chains} chains"

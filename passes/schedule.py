@@ -32,6 +32,7 @@ class Schedule(Pass):
             axis dense and is the faster order of CPU convolutions.
         rolled: a mesh axis of one rank along which chains of nodes take turns, slab by slab; they stand side by side.
         thickness: cells of a slab, until `partitioner.budget` chooses others.
+        strips: mesh axes whose shards are strips of one rank.
     """
 
     name: ClassVar[str] = "schedule"
@@ -41,6 +42,7 @@ class Schedule(Pass):
     storage: Storage = "channels_last"
     rolled: str | None = None
     thickness: int = 16
+    strips: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model) -> None:
         graph = model.graph
@@ -50,10 +52,10 @@ class Schedule(Pass):
                 _sink(graph, node)
         dialect.set_storage(model, self.storage)
         if self.rolled is not None:
-            stages = order_stages(list(graph), self.rolled)
+            stages = order_stages(list(graph), self.rolled, self.strips)
             _rearrange(graph, [node for stage in stages for node in stage.nodes])
             chains = sum(stage.is_chain for stage in stages)
-            dialect.set_schedule(model, dialect.Schedule(self.rolled, (self.thickness,) * chains))
+            dialect.set_schedule(model, dialect.Schedule(self.rolled, (self.thickness,) * chains, self.strips))
 
 
 def _rearrange(graph: ir.Graph, order: list[ir.Node]) -> None:

@@ -106,7 +106,9 @@ def _take_place(graph: ir.Graph, node: ir.Node, results: Sequence[ir.Value]) -> 
     for old, result in zip(outputs, results, strict=True):
         result.name = old.name
         result.metadata_props.update(old.metadata_props)
-        dialect.set_layout(result, _as_held(dialect.get_layout(result), dialect.get_layout(old)))
+        producer, held = result.producer(), dialect.get_layout(result)
+        merges = producer is not None and dialect.is_all_reduce(producer)  # and cannot cut otherwise
+        dialect.set_layout(result, held if merges else _as_held(held, dialect.get_layout(old)))
 
 
 def _as_held(found: Layout, wanted: Layout) -> Layout:

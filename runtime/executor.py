@@ -28,6 +28,7 @@ from runtime.program import (
     Program,
     Store,
     Window,
+    in_turns,
 )
 from runtime.transports import Job, Parcel, Transport
 
@@ -106,30 +107,30 @@ class Executor:
 
     def run(self, feed: Feed, drain: Drain, progress: Progress | None = None, first: int = 0,
             after: Callable[[int], None] | None = None) -> None:
-        """Run every step once.
+        """Run every step once, in the order of `in_turns`.
 
         Args:
             feed: where the inputs come from.
             drain: where the outputs go.
             progress: called after each step.
-            first: the step to begin with, when those before it have been run.
-            after: called with the next step's number after each step.
+            first: the turn to begin with, when those before it have been run.
+            after: called with the next turn's number after each.
         """
-        count = len(self.shards[0].program.steps)
+        turns = in_turns([shard.program for shard in self.shards])
         with torch.inference_mode():
-            for index in range(first, count):
-                steps = [shard.program.steps[index] for shard in self.shards]
-                self._act([step.action for step in steps], feed, drain)
-                for shard, step in zip(self.shards, steps, strict=True):
+            for index, (number, places) in enumerate(turns[first:], first + 1):
+                steps = [(self.shards[place], self.shards[place].program.steps[number]) for place in places]
+                self._act([(shard, step.action) for shard, step in steps], feed, drain)
+                for shard, step in steps:
                     for name in step.releases:
                         shard.buffers.pop(name, None)
                 if progress is not None:
-                    progress(index + 1, count, steps[0].action.name)
-                if after is not None and index + 1 < count:
-                    after(index + 1)
+                    progress(index, len(turns), steps[0][1].action.name)
+                if after is not None and index < len(turns):
+                    after(index)
 
-    def _act(self, actions: Sequence[Action], feed: Feed, drain: Drain) -> None:
-        pairs = list(zip(self.shards, actions, strict=True))
+    def _act(self, pairs: Sequence[tuple[Shard, Action]], feed: Feed, drain: Drain) -> None:
+        actions = [action for _, action in pairs]
         if isinstance(actions[0], Exchange):
             self._exchange([(s, a) for s, a in pairs if isinstance(a, Exchange)])
             return

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from partitioner.geometry import Box, Interval
+from partitioner.geometry import Box, Interval, local_slices
 from runtime.census import count_once
 from runtime.overlap import BehindWriter
 from runtime.volumes import Source, Writer
@@ -106,16 +106,27 @@ class FileFeed:
 
     Args:
         tally: per input, how many of its cells are NaN or infinite; filled while loading.
+        counted: of inputs whose portions overlap, the cells of each rank that are counted.
     """
 
     sources: Mapping[str, Source]
     tally: Tally = field(default_factory=lambda: Tally())
+    counted: Mapping[str, Sequence[Box]] = field(default_factory=dict[str, Sequence[Box]])
 
     def load(self, name: str, portions: Sequence[Portion]) -> None:
         """See `Feed`."""
         self._fill(name, portions)
         if self.tally.is_new(name, portions[0].box):
-            self.tally.add(name, count_once((portion.box, portion.tensor) for portion in portions))
+            self.tally.add(name, count_once(self._counted(name, portion) for portion in portions))
+
+    def _counted(self, name: str, portion: Portion) -> tuple[Box, torch.Tensor]:
+        """The cells of a portion that no portion before it holds, where portions overlap."""
+        if name not in self.counted:
+            return portion.box, portion.tensor
+        alone = portion.box & self.counted[name][portion.rank]
+        places = zip(portion.box.axes, alone.axes, strict=True)
+        slices = tuple(local_slices(held, part)[0] if part else slice(0, 0) for held, part in places)
+        return alone, portion.tensor[slices]
 
     def _fill(self, name: str, portions: Sequence[Portion]) -> None:
         source = self.sources[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.program import (
@@ -15,6 +16,7 @@ from runtime.program import (
     Program,
     Store,
     Window,
+    in_turns,
     windows_read,
     windows_written,
 )
@@ -30,7 +32,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one program.
+    """The memory of a program, or of those of all strips of one process.
 
     Args:
         peak: most bytes of activations alive at once, what kernels take beside them included.
@@ -53,26 +55,74 @@ class Memory:
     copies: tuple[Copy, ...]
 
 
-def forecast(program: Program, files: frozenset[str] = frozenset()) -> Memory:
-    """Follow a program's buffers through its steps.
+def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -> Memory:
+    """Follow the buffers of the ranks of one process through their steps.
 
     Args:
+        programs: of one rank, or of several in the order in which a process takes them.
         files: resting buffers that would lie in files, beside those that do.
     """
-    books = _Books(program, files)
-    for step in program.steps:
-        books.act(step.action)
-        books.close(step.action.name)
-        for name in step.releases:
-            books.release(name)
-    weights = sum(t.nbytes for t in program.weights.values())
-    rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (books.at_peak, books.at_most))
-    return Memory(books.peak, books.where, books.most, sum(books.filed.values()), weights, rests, crowd,
-                  tuple(Copy(name, nbytes) for name, nbytes in books.copies.items()))
+    books = [_Books(program, files) for program in programs]
+    highest = _Highest()
+    for number, places in in_turns(programs):
+        for place in places:
+            action = programs[place].steps[number].action
+            highest.leave(books[place])
+            books[place].act(action)
+            highest.enter(books[place])
+            highest.note(books, action.name)
+        for place in places:
+            highest.leave(books[place])
+            books[place].beside = 0
+            for name in programs[place].steps[number].releases:
+                books[place].release(name)
+            highest.enter(books[place])
+    weights = sum(t.nbytes for t in programs[0].weights.values())
+    rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (highest.at_peak, highest.at_most))
+    filed = sum(sum(found.filed.values()) for found in books)
+    copies = _sums([found.copies for found in books])
+    return Memory(highest.peak, highest.where, highest.most, filed, weights, rests, crowd,
+                  tuple(Copy(name, nbytes) for name, nbytes in copies.items()))
+
+
+def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for count in counts:
+        for name, nbytes in count.items():
+            found[name] = found.get(name, 0) + nbytes
+    return found
+
+
+class _Highest:
+    """The most that is alive at once, over all ranks."""
+
+    def __init__(self) -> None:
+        self.total = self.rests = self.peak = self.most = 0
+        self.where = ""
+        self.at_peak: dict[str, int] = {}
+        self.at_most: dict[str, int] = {}
+
+    def leave(self, books: _Books) -> None:
+        """Take a rank out of the sums while its books change."""
+        self.total -= books.lives + books.rests + books.beside
+        self.rests -= books.rests
+
+    def enter(self, books: _Books) -> None:
+        """Put it back."""
+        self.total += books.lives + books.rests + books.beside
+        self.rests += books.rests
+
+    def note(self, books: Sequence[_Books], name: str) -> None:
+        """Note the peak, if it is here."""
+        if self.rests > self.most:
+            self.most, self.at_most = self.rests, _sums([found.resting for found in books])
+        if self.total > self.peak:
+            self.peak, self.where = self.total, name
+            self.at_peak = _sums([found.resting for found in books])
 
 
 class _Books:
-    """What is alive at the moment, by buffer: in memory, resting there, and resting in files."""
+    """What one rank has alive at the moment, by buffer: in memory, resting there, and resting in files."""
 
     def __init__(self, program: Program, files: frozenset[str]) -> None:
         self.program = program
@@ -81,10 +131,7 @@ class _Books:
         self.resting: dict[str, int] = {}
         self.filed: dict[str, int] = {}
         self.copies: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
-        self.at_most: dict[str, int] = {}
-        self.peak = self.most = self.beside = self.lives = self.rests = 0
-        self.where = ""
+        self.beside = self.lives = self.rests = 0
 
     def act(self, action: Action) -> None:
         """Take down what an action brings into being, and what it needs beside."""
@@ -111,14 +158,6 @@ class _Books:
                 self._rest(action.buffer, max(0, self.resting[action.buffer] - len(action.cells) * plane))
             case _:
                 pass
-
-    def close(self, name: str) -> None:
-        """Note the peak, if it is here."""
-        if self.rests > self.most:
-            self.most, self.at_most = self.rests, dict(self.resting)
-        total = self.lives + self.rests + self.beside
-        if total > self.peak:
-            self.peak, self.where, self.at_peak = total, name, dict(self.resting)
 
     def release(self, name: str) -> None:
         """A buffer that nobody reads any more."""

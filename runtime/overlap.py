@@ -13,17 +13,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from runtime.program import Load, Program
+from runtime.program import Load, Program, in_turns
 from runtime.volumes import Source, Writer
 
 Slices = tuple[slice, ...]
 
 
 def boxes_read(programs: Sequence[Program], name: str, first: int = 0) -> list[Slices]:
-    """The boxes of an input in the order in which the ranks of a process, from a first step on, read them."""
-    steps = zip(*(program.steps[first:] for program in programs), strict=True)
+    """The boxes of an input in the order in which the ranks of a process, from a first turn on, read them."""
+    steps = (programs[place].steps[number] for number, places in in_turns(programs)[first:] for place in places)
     return [tuple(slice(i.start, i.stop) for i in step.action.window.box.intervals())
-            for together in steps for step in together if isinstance(step.action, Load) and step.action.name == name]
+            for step in steps if isinstance(step.action, Load) and step.action.name == name]
 
 
 class AheadSource:

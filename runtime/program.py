@@ -8,6 +8,7 @@ node.  Windows are slices of buffers; buffers are released after the last step t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -240,7 +241,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Everything one rank does; all ranks have the same steps in the same order."""
+    """Everything one rank does; all ranks have the same steps in the same order.
+
+    Args:
+        is_strip: whether one process takes all ranks, one after the other wherever they do not meet.
+    """
 
     rank: int
     mesh: Mesh
@@ -248,6 +253,27 @@ class Program:
     buffers: dict[str, BufferSpec]
     weights: dict[str, ir.TensorProtocol]
     steps: tuple[Step, ...]
+    is_strip: bool = False
+
+
+def in_turns(programs: Sequence[Program]) -> list[tuple[int, tuple[int, ...]]]:
+    """The steps of all ranks of a process in order, each with the places of the ranks that run it then.
+
+    Side by side, step after step; strips one after the other, from one exchange to the next.
+    """
+    everyone = tuple(range(len(programs)))
+    first = programs[0]
+    if not first.is_strip:
+        return [(step, everyone) for step in range(len(first.steps))]
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for meets, group in itertools.groupby(range(len(first.steps)), lambda i: _meets(first.steps[i].action)):
+        steps = list(group)
+        found += [(i, everyone) for i in steps] if meets else [(i, (place,)) for place in everyone for i in steps]
+    return found
+
+
+def _meets(action: Action) -> bool:
+    return isinstance(action, Exchange | AllReduce)
 
 
 def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, storage: str | None = None,

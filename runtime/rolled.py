@@ -45,13 +45,14 @@ class RolledLocaliser(Localiser):
         assert schedule is not None
         self.thickness = schedule.thickness
         self.name = schedule.axis
+        self.is_strip = bool(schedule.strips)
         self.streamed = streamed
         self.storage = dialect.get_storage(model)
         self.tracks: dict[str, Track] = {}
         self.specs: dict[str, BufferSpec] = {}
         self.sharers: dict[str, list[ir.Value]] = {}
         self.read: set[ir.Value] = set()
-        self.stages = order_stages(list(model.graph), self.name)
+        self.stages = order_stages(list(model.graph), self.name, schedule.strips)
         self.stage_of = {node: i for i, stage in enumerate(self.stages) for node in stage.nodes}
         values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
         self.filed = {self._buffer(v) for v in values if dialect.rests_in_file(v)}
@@ -61,7 +62,7 @@ class RolledLocaliser(Localiser):
     def program(self) -> Program:
         """All steps; buffers are as large as they ever are."""
         steps = _with_releases(list(self._actions()), frozenset(self.weights))
-        return Program(self.rank, self.mesh, self.storage, self.specs, self.weights, steps)
+        return Program(self.rank, self.mesh, self.storage, self.specs, self.weights, steps, self.is_strip)
 
     def _buffer(self, value: ir.Value) -> str:
         return self.lifetimes.buffer_of[str(value.name)]

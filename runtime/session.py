@@ -16,6 +16,7 @@ import torch
 
 from partitioner import dialect
 from partitioner.errors import ExecutionError, PartitionError, refuse_all
+from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.nodes import operator_of
@@ -124,7 +125,14 @@ class LockstepRunner:
             for name, (part, member) in files.outputs.items():
                 writer = stack.enter_context(open_part(PartFile.from_json(part)))
                 writers[name] = (stack.enter_context(BehindWriter(writer)) if self._slabs else writer, member)
-            self._run(FileFeed(sources), FileDrain(writers), progress, files.saving)
+            self._run(FileFeed(sources, counted=self._counted()), FileDrain(writers), progress, files.saving)
+
+    def _counted(self) -> dict[str, list[Box]]:
+        """Of inputs whose shards overlap, the cells that each rank has alone or first."""
+        mesh = dialect.get_mesh(self._model)
+        layouts = {str(v.name): dialect.get_layout(v) for v in self._model.graph.inputs}
+        return {name: [layout.each_once().box(mesh.coordinates(rank)) for rank in mesh]
+                for name, layout in layouts.items() if not layout.is_partition}
 
     @property
     def _slabs(self) -> bool:
@@ -177,6 +185,18 @@ class LockstepRunner:
         self._executor.shards = ()
 
 
+def refuse_strips(model: ir.Model) -> None:
+    """Make sure that a plan is for processes of their own.
+
+    Raises:
+        PartitionError: when one process takes all ranks, strip by strip.
+    """
+    schedule = dialect.get_schedule(model)
+    if schedule is not None and schedule.strips:
+        raise PartitionError(f"this plan goes through strips along {' and '.join(schedule.strips)} in one process; run "
+                             "it with backend lockstep, or partition with a mesh for processes of their own")
+
+
 def _check_operators(model: ir.Model) -> None:
     """Make sure that other processes know every operator of a plan.
 
@@ -194,6 +214,7 @@ class PoolRunner:
 
     def __init__(self, model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None) -> None:
         self._model = model
+        refuse_strips(model)
         size = dialect.get_mesh(model).size
         if device != "cpu":
             for name in device.split(","):

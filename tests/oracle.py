@@ -26,6 +26,7 @@ from partitioner.mesh import Mesh
 from partitioner.ops.dtypes import torch_dtype
 from passes.assign_shards import AssignShards
 from passes.canonicalize import Canonicalize
+from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
 from passes.merge_exchanges import MergeExchanges
@@ -115,12 +116,14 @@ def as_double(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def pipeline(mesh: Mesh, cuts: Cuts | None = None, shapes: Mapping[str, Sequence[int]] | None = None,
-             storage: Storage = "channels_last", rolled: str | None = None, thickness: int = 1) -> Pipeline:
+             storage: Storage = "channels_last", rolled: str | None = None, thickness: int = 1,
+             deepened: tuple[str, ...] = (), strips: tuple[str, ...] = ()) -> Pipeline:
     """All passes."""
     chosen = {name: tuple(positions) for name, positions in (cuts or {}).items()}
     axes = () if rolled is None else (rolled,)
     return Pipeline((Canonicalize(shapes or {}, mesh=mesh), AssignShards(mesh, chosen, axes), InsertReshards(),
-                     SplitReductions(), InsertHaloExchanges(), MergeExchanges(), Schedule(storage, rolled, thickness)))
+                     SplitReductions(), DeepenHalos(deepened), InsertHaloExchanges(), MergeExchanges(),
+                     Schedule(storage, rolled, thickness, strips)))
 
 
 

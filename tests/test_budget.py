@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import partitioner as pt
 from benchmarks.models import UNetConfig
 from partitioner import dialect
 from partitioner.budget import Budget, parse_bytes
+from partitioner.compiler import DepthFirst, compile_plan
 from partitioner.exporter import export_module
-from partitioner.loader import save_model
+from partitioner.loader import load_model, save_model
+from partitioner.mesh import Mesh
 from runtime.forecast import forecast
 from runtime.monitor import anonymous_memory
 from runtime.program import Forget, Move, localise
@@ -114,13 +117,16 @@ def test_resting_tensors_beyond_the_host_memory_lie_in_files(tmp_path: Path) -> 
     room = taken(plan.model) + int(plan.cost.peak.max()) // 2
     free = pt.partition(module, torch.zeros(SHAPE), memory=room)
     tight = pt.partition(module, torch.zeros(SHAPE), memory=room, host_memory="64KiB")
-    rests = [forecast(localise(p.model, 0)) for p in (free, tight)]
+    rests = [forecast([localise(p.model, 0)]) for p in (free, tight)]
     assert rests[0].filed < rests[1].filed and rests[1].resting <= 64 * 1024
 
 
 def test_steps_that_move_and_forget_are_there(network: Path) -> None:
-    plan = pt.partition(network, shapes={"volume": SHAPE}, memory=smallest(network) + 2 * MIB)
-    actions = {type(step.action) for step in localise(plan.model, 0).steps}
+    plan = compile_plan(load_model(network), Mesh(()), {"volume": SHAPE}, {}, order=DepthFirst("depth"))
+    schedule = dialect.get_schedule(plan)
+    assert schedule is not None
+    dialect.set_schedule(plan, replace(schedule, thickness=(4,) * len(schedule.thickness)))
+    actions = {type(step.action) for step in localise(plan, 0).steps}
     assert Move in actions and (Forget in actions) == ("instance" in network.name)
 
 

@@ -107,7 +107,7 @@ def test_pages_that_are_forecast_as_given_back_are_given_back(shape: tuple[int, 
     plan = compile_plan(model, None, rolled=axis, thickness=8)
     program = localise(plan, 0)
     (shard,) = make_shards([program], [torch.device("cpu")])
-    told, seen = forecast(program), []
+    told, seen = forecast([program]), []
 
     def watch(*_: object) -> None:
         maps = [shard.buffers[name] for name, spec in program.buffers.items()

@@ -1,0 +1,184 @@
+"""Where strips meet: cut points of a network, found as a shortest path.
+
+A rank that takes its shard strip by strip computes the halos of a strip itself, back to the point at which all strips
+have met last.  To meet costs that what crosses the point rests whole; not to meet costs that cells near the cuts are
+computed by both sides.
+
+    begin ----- p ----- q ----- end      edge (p, q): the cells computed twice between p and q,
+                                         and the bytes that come to rest at q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.cost import bytes_of, cells
+from partitioner.geometry import Interval, hull
+from partitioner.ops.nodes import operator_of, reduction_splits
+from partitioner.rolling import links_of, rolled_axis
+
+MOST_POINTS = 64
+"""Cut points that are looked at: those that least crosses."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds of an operation computed twice, and of a byte that comes to rest."""
+
+    operation: float
+    byte: float
+
+
+def values_to_recompute(model: ir.Model, strips: Sequence[str], prices: Prices) -> frozenset[str]:
+    """The values whose halos strips should compute themselves, so that all costs least.
+
+    Args:
+        model: laid out with strips along mesh axes, every halo exchanged.
+        prices: what the two ways cost.
+    """
+    return CutPoints(model, strips).choose(prices)
+
+
+class CutPoints:
+    """The positions between the nodes of a laid-out graph, and what crosses them.
+
+    Args:
+        model: laid out with strips, every halo exchanged.
+        strips: their mesh axes.
+    """
+
+    def __init__(self, model: ir.Model, strips: Sequence[str]) -> None:
+        self.nodes = [node for node in model.graph if not _is_halo(node)]
+        self.strips = tuple(strips)
+        self.inputs = set(model.graph.inputs)
+        self.links = {node: {name: links_of(node, name) for name in strips} for node in self.nodes
+                      if not dialect.is_communication(node)}
+        self.free = {v for v in (*model.graph.inputs, *(o for n in self.nodes for o in n.outputs))
+                     if self._is_split(v) and _is_free(v, self.strips)}
+        mesh = dialect.get_mesh(model)
+        self.bytes = {v: int(bytes_of(dialect.get_layout(v), v.dtype, mesh).sum())
+                      for n in self.nodes for v in n.outputs if v.dtype is not None and self._is_split(v)}
+        self.work = self.work_of(model)
+        self.middle = {name: mesh.count(name) // 2 for name in strips}
+        self.crossing = list(self._crossing())
+
+    def choose(self, prices: Prices) -> frozenset[str]:
+        """The values that need no meeting when strips meet where it costs least."""
+        return self._names(self._path(prices))
+
+    @staticmethod
+    def work_of(model: ir.Model) -> dict[ir.Node, float]:
+        """Operations of every node, over all strips."""
+        mesh = dialect.get_mesh(model)
+        return {n: float(operator_of(n).flops(float(cells(dialect.get_layout(n.outputs[0]), mesh).sum())))
+                for n in model.graph if not dialect.is_communication(n)}
+
+    def _path(self, prices: Prices) -> list[int]:
+        count = len(self.nodes)
+        inner = sorted(range(1, count), key=lambda p: sum(self.bytes[v] for v in self.crossing[p]))[:MOST_POINTS]
+        points = sorted({0, count, *inner})
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        for end in points[1:]:
+            for start, twice in self._computed_twice(end, points):
+                rests = sum(self.bytes[v] for v in self.crossing[end] - self.crossing[start])
+                graph.add_edge(start, end, weight=twice * prices.operation + rests * prices.byte)
+        return nx.shortest_path(graph, 0, count, weight="weight")
+
+    def _names(self, path: Sequence[int]) -> frozenset[str]:
+        met = {v for p in path[1:-1] for v in self.crossing[p]}
+        return frozenset(str(v.name) for v in self.free - met)
+
+    def _is_split(self, value: ir.Value) -> bool:
+        return any(rolled_axis(value, name) is not None for name in self.strips)
+
+    def _crossing(self) -> Iterator[frozenset[ir.Value]]:
+        """Per position the values made before it and read after it; inputs can be read again."""
+        position = {node: index for index, node in enumerate(self.nodes)}
+        last = {v: max((position[n] for n in _readers(v) if n in position), default=-1) for v in self.bytes}
+        for p in range(len(self.nodes) + 1):
+            yield frozenset(v for n in self.nodes[:p] for v in n.outputs if v in last and last[v] >= p)
+
+    def _computed_twice(self, end: int, points: Sequence[int]) -> Iterator[tuple[int, float]]:
+        """(start, operations done twice from there to the end) for every earlier point."""
+        held: dict[tuple[ir.Value, str], Interval] = {}
+        total = 0.0
+        starts = {p for p in points if p < end}
+        for index in range(end - 1, -1, -1):
+            node = self.nodes[index]
+            if node in self.links:
+                total += self.work[node] * (self._grow(node, held, self.crossing[end]) - 1)
+            if index in starts:
+                yield index, total
+
+    def _grow(self, node: ir.Node, held: dict[tuple[ir.Value, str], Interval], met: frozenset[ir.Value]) -> float:
+        """How many times its own cells a node computes; what it needs for them is noted of its inputs."""
+        times = 1.0
+        output = node.outputs[0]
+        for name in self.strips:
+            own = self._own(output, name)
+            if own is None:
+                continue
+            grows = output in self.free and output not in met and len(node.outputs) == 1
+            found = _hull(own, held.get((output, name))) if grows else own
+            times *= len(found) / max(1, len(own))
+            for link in self.links[node][name]:
+                if link.target is None or found.stop <= found.start:
+                    continue
+                need = hull(link.map.needed(found))
+                source = _made(link.source)
+                held[source, name] = _hull(need, held.get((source, name)))
+        return times
+
+    def _own(self, value: ir.Value, name: str) -> Interval | None:
+        axis = rolled_axis(value, name)
+        split = None if axis is None else dialect.get_layout(value).axes[axis]
+        return None if split is None else hull(split.parts[self.middle[name]])
+
+
+def _hull(first: Interval, second: Interval | None) -> Interval:
+    if second is None or not second:
+        return first
+    return second if not first else Interval(min(first.start, second.start), max(first.stop, second.stop))
+
+
+def _is_halo(node: ir.Node) -> bool:
+    return dialect.is_exchange(node) and node.op_type == dialect.HALO_EXCHANGE
+
+
+def _made(value: ir.Value) -> ir.Value:
+    """The value that was computed: before its halo exchange."""
+    producer = value.producer()
+    if producer is not None and _is_halo(producer) and producer.inputs[0] is not None:
+        return producer.inputs[0]
+    return value
+
+
+def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Readers of a value, also of what a halo exchange makes of it."""
+    for use in value.uses():
+        if _is_halo(use.node):
+            yield from _uses(use.node.outputs[0])
+        else:
+            yield use.node, use.idx
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    return [node for node, _ in _uses(value)]
+
+
+def _is_free(value: ir.Value, strips: Sequence[str]) -> bool:
+    """Whether strips may compute more of a value than their own cells; see `passes.deepen_halos.can_deepen`."""
+    if value.is_graph_output():
+        return False
+    for node, index in _uses(value):
+        if dialect.is_communication(node):
+            return False
+        splits = reduction_splits(node).get(index, {}).values()
+        if any(split.mesh_axis in strips for split in splits):
+            return False
+    return True

@@ -1,0 +1,89 @@
+"""deepen-halos: compute more than is owned, so that several layers share one exchange.
+
+    before                                       after
+    x [1, 8, depth(0|60|121)]                    x [1, 8, depth(0|60|121)]
+    y = Conv(x)   depth(0|60|121)                y = Conv(x)   depth(0:61 59:121)      computed twice near the cut
+    z = Conv(y)   depth(0|60|121)                z = Conv(y)   depth(0|60|121)         no exchange of y is needed
+
+A value that is deepened holds all that its readers need.  It cannot be when it leaves the graph, is exchanged or
+gathered anyway, or goes into a statistic: there every cell counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.geometry import Pieces, hull, span, union
+from partitioner.layout import AxisLayout
+from partitioner.ops.nodes import needed_layout, reduction_splits
+from passes.base import Check, Pass
+from passes.checks import AGREE, LAID_OUT, SPLIT
+
+
+@dataclass(frozen=True)
+class DeepenHalos(Pass):
+    """Let ranks compute the halos of some values themselves.
+
+    Args:
+        axes: mesh axes along which that is done.
+        values: names of the values; None for all for which it can be done.
+    """
+
+    name: ClassVar[str] = "deepen-halos"
+    requires: ClassVar[tuple[Check, ...]] = (LAID_OUT, AGREE, SPLIT)
+    ensures: ClassVar[tuple[Check, ...]] = (AGREE, SPLIT)
+
+    axes: tuple[str, ...]
+    values: Collection[str] | None = None
+
+    def apply(self, model: ir.Model) -> None:
+        for node in reversed(list(model.graph)):
+            if not dialect.is_communication(node) and len(node.outputs) == 1:
+                self._deepen(node.outputs[0])
+        for value in model.graph.inputs:
+            self._deepen(value)
+
+    def _deepen(self, value: ir.Value) -> None:
+        if self.values is not None and value.name not in self.values:
+            return
+        layout = dialect.get_layout(value)
+        for axis, split in enumerate(layout.axes):
+            if split is not None and split.mesh_axis in self.axes and can_deepen(value, axis):
+                layout = layout.with_axis(axis, AxisLayout(split.mesh_axis, _held(value, axis, split)))
+        if layout != dialect.get_layout(value):
+            dialect.set_layout(value, layout)
+
+
+def can_deepen(value: ir.Value, axis: int) -> bool:
+    """Whether ranks may hold more of a split axis than their own cells."""
+    split = dialect.get_layout(value).axes[axis]
+    if split is None or value.is_graph_output() or not value.uses():
+        return False
+    for use in value.uses():
+        if dialect.is_communication(use.node) or axis in reduction_splits(use.node).get(use.idx, {}):
+            return False
+        want = needed_layout(use.node, use.idx)
+        if want is not None and not _is_same(want.axes[axis], split):
+            return False
+    return True
+
+
+def _is_same(wanted: AxisLayout | None, split: AxisLayout) -> bool:
+    return wanted is not None and wanted.mesh_axis == split.mesh_axis
+
+
+def _held(value: ir.Value, axis: int, split: AxisLayout) -> tuple[Pieces, ...]:
+    """Per coordinate its own cells and those that it needs, in one piece."""
+    found = list(split.parts)
+    for use in value.uses():
+        want = needed_layout(use.node, use.idx)
+        wanted = None if want is None else want.axes[axis]
+        if wanted is not None:
+            found = [union(held, part) for held, part in zip(found, wanted.parts, strict=True)]
+    whole = [hull(part) for part in found]
+    return tuple(span(part.start, part.stop) if part else () for part in whole)
