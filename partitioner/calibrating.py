@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from partitioner.console import ProgressBar, say
 from partitioner.errors import PartitionError
-from partitioner.profile import Profile, default_path
+
+if TYPE_CHECKING:
+    from partitioner.profile import Profile
 
 
 def calibrate_machine(options: argparse.Namespace) -> int:
@@ -17,6 +20,8 @@ def calibrate_machine(options: argparse.Namespace) -> int:
     Raises:
         PartitionError: when there is no such device, or the file cannot be written.
     """
+    from partitioner.profile import default_path
+
     target = Path(options.output) if options.output else default_path()
     check_target(target)
     from runtime.allocator import keep_memory_tight

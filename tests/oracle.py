@@ -122,8 +122,8 @@ def pipeline(mesh: Mesh, cuts: Cuts | None = None, shapes: Mapping[str, Sequence
     chosen = {name: tuple(positions) for name, positions in (cuts or {}).items()}
     axes = () if rolled is None else (rolled,)
     return Pipeline((Canonicalize(shapes or {}, mesh=mesh), AssignShards(mesh, chosen, axes), InsertReshards(),
-                     SplitReductions(), DeepenHalos(deepened), InsertHaloExchanges(), MergeExchanges(),
-                     Schedule(storage, rolled, thickness, strips)))
+                     SplitReductions(), *((DeepenHalos(deepened),) if deepened else ()), InsertHaloExchanges(),
+                     MergeExchanges(), Schedule(storage, rolled, thickness, strips)))
 
 
 
