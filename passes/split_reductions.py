@@ -23,7 +23,7 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.layout import Layout
 from partitioner.ops.base import Array
-from partitioner.ops.nodes import operator_of
+from partitioner.ops.nodes import needs_of, operator_of, separable_axes
 from passes.assign_shards import assign_new
 from passes.base import Check, Pass
 from passes.checks import AGREE, KNOWN, LAID_OUT, SPLIT, compute_nodes, sharded_reduction
@@ -44,6 +44,7 @@ class SplitReductions(Pass):
             mesh_axes = sharded_reduction(node)
             # batch statistics may be merged over copies of the network beside the mesh
             if not mesh_axes and node.op_type != dialect.TRAINING_BATCH_NORMALIZATION:
+                _keep_whole(node)
                 continue
             result = operator_of(node).decompose(_Writer(model.graph, node, mesh_axes, namer), node.inputs)
             _take_place(model.graph, node, result if isinstance(result, tuple) else (result,))
@@ -106,12 +107,30 @@ def _take_place(graph: ir.Graph, node: ir.Node, results: Sequence[ir.Value]) -> 
     for old, result in zip(outputs, results, strict=True):
         result.name = old.name
         result.metadata_props.update(old.metadata_props)
-        producer, held = result.producer(), dialect.get_layout(result)
-        merges = producer is not None and dialect.is_all_reduce(producer)  # and cannot cut otherwise
-        dialect.set_layout(result, held if merges else _as_held(held, dialect.get_layout(old)))
+        dialect.set_layout(result, _as_made(result, dialect.get_layout(old)))
 
 
-def _as_held(found: Layout, wanted: Layout) -> Layout:
-    """The layout wanted, but for axes that every rank has whole: a merge cannot cut them, its readers can."""
-    axes = tuple(None if held is None else split for held, split in zip(found.axes, wanted.axes, strict=True))
+def _as_made(value: ir.Value, wanted: Layout) -> Layout:
+    """The layout wanted as far as what makes the value can cut it; its readers cut the rest."""
+    producer, held = value.producer(), dialect.get_layout(value)
+    if producer is None or dialect.is_all_reduce(producer):  # a merge is cut as its partials are
+        return held
+    separable = separable_axes(producer, value.index() or 0)
+    axes = tuple(None if found is None and axis not in separable else split
+                 for axis, (found, split) in enumerate(zip(held.axes, wanted.axes, strict=True)))
     return Layout(wanted.shape, axes)
+
+
+def _keep_whole(node: ir.Node) -> None:
+    """An axis over which a node takes statistics stays whole in its results when every rank has it whole."""
+    operator = operator_of(node)
+    if operator.reduction is None:
+        return
+    for output, value in enumerate(node.outputs[: len(operator.outputs)]):
+        layout, needs = dialect.get_layout(value), needs_of(node, output)[0]
+        kept = [needs[axis].axis for axis in operator.reduction.axes] if needs is not None else []
+        for axis in kept:
+            if axis is not None and layout.axes[axis] is not None:
+                layout = layout.with_axis(axis, None)
+        if layout != dialect.get_layout(value):
+            dialect.set_layout(value, layout)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from partitioner import dialect
 from partitioner.errors import PartitionError
+from tests.builder import wide
 from tests.examples import one_graph
 from tests.oracle import Cuts, as_double, close, compile_plan, error, reference64, run_lockstep
 
@@ -45,10 +46,10 @@ def chain(inputs: Mapping[str, Array], *steps: Step, opset: int = 18) -> onnx.Mo
 def check(inputs: Mapping[str, Array], *steps: Step, mesh: str, cuts: Cuts | None = None, opset: int = 18) -> ir.Model:
     """Sharded equals whole in float64; returns the plan."""
     model = as_double(chain(inputs, *steps, opset=opset))
-    wide = {name: array.astype(np.float64) for name, array in inputs.items()}
+    values = {name: wide(array) for name, array in inputs.items()}
     plan = compile_plan(model, mesh, cuts)
-    found = run_lockstep(plan, wide).outputs
-    for name, expected in reference64(model, wide).items():
+    found = run_lockstep(plan, values).outputs
+    for name, expected in reference64(model, values).items():
         assert close(found[name], expected, 1e-12), f"{name}: error {error(found[name], expected)}"
     return plan
 
@@ -220,3 +221,24 @@ def test_linear_interpolation_of_integers_is_refused() -> None:
                       {"y": (TensorProto.INT32, None)}, 18)
     with pytest.raises(PartitionError, match=r"resize \(Resize\): linear interpolation of integers"):
         compile_plan(model, "height=2")
+
+
+def test_a_merge_is_cut_as_its_partials_are() -> None:
+    """A later operator's class wants other cuts of what a contraction yields: it gets them by an exchange."""
+    check({"x": random(2, 3, 19), "i": np.zeros((3, 1, 1), np.int64)},
+          ("Einsum", ["x", random(19, 1)], {"equation": "abc,ck->bk"}), ("GatherND", ["v0", "i"], {"batch_dims": 1}),
+          mesh="batch=2,width=2", cuts={"batch": (0, 0, 3)}, opset=13)
+
+
+def test_statistics_over_axes_that_were_merged_before() -> None:
+    """Old opsets flatten: what Hardmax yields is cut again, so that Softmax takes partial results of it."""
+    plan = check({"x": random(1, 3, 2, 5, 8)}, ("Hardmax", ["x"], {"axis": 0}), ("Softmax", ["v0"], {"axis": 0}),
+                 mesh="depth=2", opset=11)
+    assert layout(plan, "v0") == layout(plan, "v1") == "[1, 3, depth(0|1|2), 5, 8]"
+
+
+def test_statistics_of_what_every_rank_has_whole() -> None:
+    """A merged product is whole everywhere; so is the Softmax of it, though what it is added to is sharded."""
+    check({"x": random(1, 6, 14), "z": random(1, 6, 10)},
+          ("MatMul", ["x", random(14, 10)], {}), ("Softmax", ["v0"], {"axis": -1}), ("Add", ["v1", "z"], {}),
+          mesh="width=2", opset=13)
