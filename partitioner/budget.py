@@ -7,9 +7,10 @@ taken: slabs add steps and copies, files add traffic, strips across the slabs co
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -20,7 +21,7 @@ import torch
 from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.compiler import DepthFirst
-from partitioner.cost import cells
+from partitioner.cost import cells, operations_done_twice
 from partitioner.errors import PartitionError
 from partitioner.exchange import IntArray
 from partitioner.lifetime import find_lifetimes
@@ -160,11 +161,12 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
     Raises:
         PartitionError: when none keeps to it, with the smallest budget that one does.
     """
+    whole = lay_out(None)
+    room = _Room(budget, budget.taken(whole), budget.shards(whole))
     smallest: Candidate | None = None
-    room: _Room | None = None
-    for group in _groups(lay_out, axes, budget):
+    for group in _groups(lay_out, axes, room, whole):
         fitting: list[Candidate] = []
-        for room, candidate in group:
+        for candidate in group:
             if smallest is None or candidate.needed < smallest.needed:
                 smallest = candidate
             if candidate.is_exact and room.fits(candidate.memory):
@@ -173,7 +175,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
             best = min(fitting, key=lambda c: c.seconds)
             _mark(best.model, best.schedule, best.files)
             return best.model
-    assert smallest is not None and room is not None
+    assert smallest is not None
     if not smallest.is_exact:
         _mark(smallest.model, smallest.schedule, ())
         smallest = room.candidate(smallest.model, smallest.schedule, _programs(smallest.model), smallest.files)
@@ -187,27 +189,23 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
            else ", or a process per rank (backend gloo)"))
 
 
-def _groups(lay_out: LayOut, axes: Sequence[str],
-            budget: Budget) -> Iterator[Iterator[tuple[_Room, Candidate]]]:
-    """Candidates in groups: one is chosen of the first group in which any fits."""
-    whole = lay_out(None)
-    room = _Room(budget, budget.taken(whole), budget.shards(whole))
+def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model) -> Iterator[Iterable[Candidate]]:
+    """Candidates in groups: one is chosen of the first group in which any fits.
 
-    def slabs() -> Iterator[tuple[_Room, Candidate]]:
-        yield room, room.candidate(whole, None, [localise(whole, _largest_rank(whole))])
-        if axes:
-            yield from ((room, found) for found in _candidates(lay_out(DepthFirst(axes[0])), axes[0], room))
-
-    yield slabs()
-    for axis in axes[1:]:  # slabs along later axes are not dense in storage
-        yield ((room, found) for found in _candidates(lay_out(DepthFirst(axis)), axis, room))
-    if not budget.together or dialect.get_mesh(whole).size > 1:
+    Args:
+        whole: the plan in whole-shard steps.
+    """
+    at_once = room.candidate(whole, None, [localise(whole, _largest_rank(whole))])
+    along = (_candidates(lay_out(DepthFirst(axis)), axis, room) for axis in axes)
+    yield itertools.chain([at_once], next(along, ()))
+    yield from along  # slabs along later axes are not dense in storage
+    if not room.budget.together or dialect.get_mesh(whole).size > 1:
         return
     least = math.inf
     for strips in _strips(whole, axes):
-        met = _strip_candidates(lay_out, axes[0], strips, room)
-        yield ((room, found) for found in met)
-        smallest = min((found.needed for found in met), default=math.inf)
+        found = _strip_candidates(lay_out, axes[0], strips, room)
+        yield found
+        smallest = min((candidate.needed for candidate in found), default=math.inf)
         if smallest > 0.97 * least:
             return
         least = smallest
@@ -235,7 +233,6 @@ def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int],
     """Strips that meet seldom, often, or where the estimated time is least; as thick slabs as fit."""
     met = lay_out(DepthFirst(axis, strips, frozenset()))
     points = CutPoints(met, [name for name, _ in strips])
-    once = sum(points.work.values())
     found: list[Candidate] = []
     seen: set[frozenset[str]] = set()
     for byte in (0.0, 2 / _FILE_BYTES, 1.0):
@@ -244,8 +241,7 @@ def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int],
             continue
         seen.add(names)
         model = lay_out(DepthFirst(axis, strips, names))
-        twice = sum(points.work_of(model).values()) - once
-        found += _candidates(model, axis, room, twice)
+        found += _candidates(model, axis, room, operations_done_twice(model))
         if not any(c.is_exact for c in found):  # the more seldom strips meet, the more each of them holds
             break
     return found

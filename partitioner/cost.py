@@ -162,9 +162,26 @@ def _step(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes, live: IntArray, turns
         sent, messages = all_reduce_traffic(node, mesh)
         return StepCost(node, sent, sent, messages, zero.astype(float), live + 2 * sent, 2 * sent)
     workspace = _workspace(node, mesh, lifetimes)
-    flops = operator_of(node).flops(_as_number(cells(dialect.get_layout(node.outputs[0]), mesh)))
-    return StepCost(node, zero, zero, zero, np.broadcast_to(np.asarray(flops, float), mesh.shape),
-                    live + workspace, workspace)
+    flops = operations(node, dialect.get_layout(node.outputs[0]), mesh)
+    return StepCost(node, zero, zero, zero, flops, live + workspace, workspace)
+
+
+def operations(node: ir.Node, layout: Layout, mesh: Mesh) -> FloatArray:
+    """Floating-point operations of every rank when the first output of a node has a layout."""
+    flops = operator_of(node).flops(_as_number(cells(layout, mesh)))
+    return np.broadcast_to(np.asarray(flops, float), mesh.shape)
+
+
+def operations_done_twice(model: ir.Model) -> float:
+    """Floating-point operations for cells that a rank before computes too, over all ranks: halos that were deepened."""
+    mesh, found = dialect.get_mesh(model), 0.0
+    for node in model.graph:
+        if dialect.is_communication(node):
+            continue
+        layout = dialect.get_layout(node.outputs[0])
+        if not layout.is_partition:
+            found += float((operations(node, layout, mesh) - operations(node, layout.each_once(), mesh)).sum())
+    return found
 
 
 def _as_number(array: NDArray[Any]) -> Any:

@@ -305,7 +305,9 @@ class FileRun:
 
     def _check_place(self, place: Place) -> None:
         from runtime import group
+        from runtime.session import refuse_strips
 
+        refuse_strips(self.plan.model)
         size = self.plan.mesh.size
         if place.size != size:
             raise PartitionError(f"the mesh {self.plan.mesh} has {size} ranks but {place.size} processes "

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from partitioner import dialect
-from partitioner.cost import PlanCost, StepCost, cells
+from partitioner.cost import PlanCost, StepCost, cells, operations_done_twice
 from partitioner.geometry import hull
 from partitioner.layout import AxisLayout, Layout
 from partitioner.ops.nodes import operator_of
@@ -49,6 +49,7 @@ def plan_dict(model: ir.Model, cost: PlanCost) -> dict[str, Any]:
             "sent_bytes": int(cost.sent.sum()),
             "messages": int(cost.messages.sum()),
             "flops": float(cost.flops.sum()),
+            "flops_twice": operations_done_twice(model),
         },
         "gathered": [str(s.node.name) for s in cost.steps if is_gather(s.node)],
         "without_rule": [str(s.node.name) for s in cost.steps if is_fallback(s.node)],
@@ -259,6 +260,12 @@ def _figures(row: list[float]) -> list[str]:
     return [size_text(peak), size_text(sent), size_text(received), f"{messages:.0f}", f"{flops / 1e9:.2f}"]
 
 
+def _twice(cost: PlanCost, model: ir.Model) -> str:
+    """What part of all operations is done by both sides of a cut, in per cent."""
+    twice = operations_done_twice(model)
+    return f"{100 * twice / max(1.0, float(cost.flops.sum()) - twice):.1f} %"
+
+
 def _remarks(model: ir.Model, cost: PlanCost) -> list[Text]:
     lines = [Text(f"weights {size_text(cost.weight_bytes)} on every rank; sent in all "
                   f"{size_text(int(cost.sent.sum()))} in {int(cost.messages.sum())} messages; "
@@ -269,8 +276,8 @@ def _remarks(model: ir.Model, cost: PlanCost) -> list[Text]:
         strips = " x ".join(f"{cost.mesh.count(name)} along {name}" for name in schedule.strips)
         lines.append(Text(f"depth-first along {schedule.axis}: {len(schedule.thickness)} chains in slabs of "
                           f"{' or '.join(map(str, thickness))} cells, "
-                          + (f"{strips} strips one after the other, cells near their cuts computed by both sides; "
-                             if strips else "nothing computed twice; ")
+                          + (f"{strips} strips one after the other, {_twice(cost, model)} more operations near "
+                             "their cuts; " if strips else "nothing computed twice; ")
                           + f"resting in files: {', '.join(filed) or 'nothing'}"))
     for step in cost.steps:
         if is_gather(step.node):

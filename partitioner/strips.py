@@ -17,9 +17,9 @@ import networkx as nx
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.cost import bytes_of, cells
+from partitioner.cost import bytes_of, operations
 from partitioner.geometry import Interval, hull
-from partitioner.ops.nodes import operator_of, reduction_splits
+from partitioner.ops.nodes import needed_layout, reduction_splits
 from partitioner.rolling import links_of, rolled_axis
 
 MOST_POINTS = 64
@@ -59,24 +59,18 @@ class CutPoints:
         self.links = {node: {name: links_of(node, name) for name in strips} for node in self.nodes
                       if not dialect.is_communication(node)}
         self.free = {v for v in (*model.graph.inputs, *(o for n in self.nodes for o in n.outputs))
-                     if self._is_split(v) and _is_free(v, self.strips)}
+                     if self._is_split(v) and self._is_free(v)}
         mesh = dialect.get_mesh(model)
         self.bytes = {v: int(bytes_of(dialect.get_layout(v), v.dtype, mesh).sum())
                       for n in self.nodes for v in n.outputs if v.dtype is not None and self._is_split(v)}
-        self.work = self.work_of(model)
+        self.work = {node: float(operations(node, dialect.get_layout(node.outputs[0]), mesh).sum())
+                     for node in self.links}
         self.middle = {name: mesh.count(name) // 2 for name in strips}
         self.crossing = list(self._crossing())
 
     def choose(self, prices: Prices) -> frozenset[str]:
         """The values that need no meeting when strips meet where it costs least."""
         return self._names(self._path(prices))
-
-    @staticmethod
-    def work_of(model: ir.Model) -> dict[ir.Node, float]:
-        """Operations of every node, over all strips."""
-        mesh = dialect.get_mesh(model)
-        return {n: float(operator_of(n).flops(float(cells(dialect.get_layout(n.outputs[0]), mesh).sum())))
-                for n in model.graph if not dialect.is_communication(n)}
 
     def _path(self, prices: Prices) -> list[int]:
         count = len(self.nodes)
@@ -92,6 +86,11 @@ class CutPoints:
     def _names(self, path: Sequence[int]) -> frozenset[str]:
         met = {v for p in path[1:-1] for v in self.crossing[p]}
         return frozenset(str(v.name) for v in self.free - met)
+
+    def _is_free(self, value: ir.Value) -> bool:
+        """Whether strips may compute more of a value than their own cells, along every axis that they cut."""
+        places = [rolled_axis(value, name) for name in self.strips]
+        return all(can_deepen(value, axis) for axis in places if axis is not None)
 
     def _is_split(self, value: ir.Value) -> bool:
         return any(rolled_axis(value, name) is not None for name in self.strips)
@@ -123,7 +122,7 @@ class CutPoints:
             own = self._own(output, name)
             if own is None:
                 continue
-            grows = output in self.free and output not in met and len(node.outputs) == 1
+            grows = output in self.free and output not in met
             found = _hull(own, held.get((output, name))) if grows else own
             times *= len(found) / max(1, len(own))
             for link in self.links[node][name]:
@@ -171,14 +170,21 @@ def _readers(value: ir.Value) -> list[ir.Node]:
     return [node for node, _ in _uses(value)]
 
 
-def _is_free(value: ir.Value, strips: Sequence[str]) -> bool:
-    """Whether strips may compute more of a value than their own cells; see `passes.deepen_halos.can_deepen`."""
-    if value.is_graph_output():
+def can_deepen(value: ir.Value, axis: int) -> bool:
+    """Whether ranks may compute more of a split axis than their own cells, so that readers need no exchange.
+
+    Halo exchanges are looked through.  Kernels with several results make them at once, each as far as it goes.
+    """
+    producer, split = value.producer(), dialect.get_layout(value).axes[axis]
+    if split is None or value.is_graph_output() or not value.uses():
+        return False
+    if producer is not None and (dialect.is_communication(producer) or len(producer.outputs) > 1):
         return False
     for node, index in _uses(value):
-        if dialect.is_communication(node):
+        if dialect.is_communication(node) or axis in reduction_splits(node).get(index, {}):
             return False
-        splits = reduction_splits(node).get(index, {}).values()
-        if any(split.mesh_axis in strips for split in splits):
+        want = needed_layout(node, index)
+        wanted = split if want is None else want.axes[axis]
+        if wanted is None or wanted.mesh_axis != split.mesh_axis:
             return False
     return True

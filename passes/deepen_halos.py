@@ -20,7 +20,8 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.geometry import Pieces, hull, span, union
 from partitioner.layout import AxisLayout
-from partitioner.ops.nodes import needed_layout, reduction_splits
+from partitioner.ops.nodes import needed_layout
+from partitioner.strips import can_deepen
 from passes.base import Check, Pass
 from passes.checks import AGREE, LAID_OUT, SPLIT
 
@@ -43,8 +44,8 @@ class DeepenHalos(Pass):
 
     def apply(self, model: ir.Model) -> None:
         for node in reversed(list(model.graph)):
-            if not dialect.is_communication(node) and len(node.outputs) == 1:
-                self._deepen(node.outputs[0])
+            for value in node.outputs:
+                self._deepen(value)
         for value in model.graph.inputs:
             self._deepen(value)
 
@@ -57,24 +58,6 @@ class DeepenHalos(Pass):
                 layout = layout.with_axis(axis, AxisLayout(split.mesh_axis, _held(value, axis, split)))
         if layout != dialect.get_layout(value):
             dialect.set_layout(value, layout)
-
-
-def can_deepen(value: ir.Value, axis: int) -> bool:
-    """Whether ranks may hold more of a split axis than their own cells."""
-    split = dialect.get_layout(value).axes[axis]
-    if split is None or value.is_graph_output() or not value.uses():
-        return False
-    for use in value.uses():
-        if dialect.is_communication(use.node) or axis in reduction_splits(use.node).get(use.idx, {}):
-            return False
-        want = needed_layout(use.node, use.idx)
-        if want is not None and not _is_same(want.axes[axis], split):
-            return False
-    return True
-
-
-def _is_same(wanted: AxisLayout | None, split: AxisLayout) -> bool:
-    return wanted is not None and wanted.mesh_axis == split.mesh_axis
 
 
 def _held(value: ir.Value, axis: int, split: AxisLayout) -> tuple[Pieces, ...]:

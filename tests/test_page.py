@@ -16,6 +16,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import partitioner as pt
+from partitioner.compiler import DepthFirst, compile_plan
+from partitioner.loader import load_model
+from partitioner.mesh import Mesh
 from partitioner.page import page_data, page_text
 from tests.command import refused, works
 
@@ -101,7 +104,8 @@ def test_what_is_gathered_or_replicated_is_named_with_its_cost() -> None:
         assert remark["copies"] == 2 and remark["axes"] == ["batch"]
 
 
-def test_a_depth_first_plan_shows_its_schedule() -> None:
+def test_a_depth_first_plan_shows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("partitioner.budget.anonymous_memory", lambda: 0)  # else what ran before decides on the plan
     model = network(4, (1, 1, 300, 120, 120))
     with pytest.raises(pt.PartitionError) as told:
         pt.partition(model, memory="1MiB")
@@ -112,6 +116,14 @@ def test_a_depth_first_plan_shows_its_schedule() -> None:
     assert data["schedule"] == plan.to_dict()["schedule"] and data["schedule"]["axis"] == "depth"
     assert data["memory"] is None and data["per_rank"]["peak"] == [int(plan.cost.peak.max())]
     assert not any("live" in item for item in data["items"])
+
+
+def test_strips_are_shown_with_what_they_cost() -> None:
+    order = DepthFirst("depth", (("height", 2), ("width", 3)))
+    plan = pt.Plan(compile_plan(load_model(network()), Mesh(()), {}, {}, order=order))
+    data = page_data(plan.model, plan.cost)
+    assert data["schedule"]["strips"] == ["height", "width"] and len(data["per_rank"]["peak"]) == 6
+    assert data["totals"]["flops_twice"] > 0
 
 
 def test_names_from_a_model_are_inert(tmp_path: Path) -> None:

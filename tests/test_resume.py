@@ -17,10 +17,12 @@ import partitioner as pt
 from benchmarks.models import UNetConfig
 from partitioner.api import Plan
 from partitioner.cli import main
+from partitioner.compiler import DepthFirst, compile_plan
 from partitioner.exporter import export_module
 from partitioner.files import FileRun
 from partitioner.geometry import Box
-from partitioner.loader import load_file, save_model
+from partitioner.loader import load_file, load_model, save_model
+from partitioner.mesh import Mesh
 from runtime.memory import allocate_buffer, refill
 from runtime.monitor import anonymous_memory
 from runtime.program import BufferSpec
@@ -94,6 +96,18 @@ def test_a_run_goes_on_where_it_was_stopped(place: Path, expected: np.ndarray, p
     assert again.goes_on
     assert np.array_equal(run(place, Plan(load_file(again.plan_file)), again), expected)
     assert sorted(p.name for p in place.iterdir()) == ["net.onnx", "x.npy", "y.npy"]
+
+
+def test_strips_go_on_where_they_were_stopped(place: Path) -> None:
+    order = DepthFirst("depth", (("height", 2), ("width", 3)))
+    plan = Plan(compile_plan(load_model(place / "net.onnx"), Mesh(()), {"volume": SHAPE}, {}, order=order))
+    expected = run(place, plan, None, name="expected.npy")
+    for percent in (10, 40, 70, 95):
+        with pytest.raises(Stopped):
+            run(place, plan, SavedRun(place / "y.npy.resume", REQUEST), percent)
+    again = SavedRun(place / "y.npy.resume", REQUEST)
+    assert again.goes_on
+    assert np.array_equal(run(place, Plan(load_file(again.plan_file)), again), expected)
 
 
 def test_a_run_goes_on_more_than_once(place: Path, expected: np.ndarray, plan: Plan) -> None:

@@ -58,27 +58,25 @@ def check(network: Network, plan: ir.Model) -> None:
         assert close(found[name], expected, 1e-12), f"{name}: error {error(found[name], expected)}"
 
 
-@pytest.mark.parametrize("name", sorted(DRAWN - IN_FLOAT32)[::3])
-def test_operators(name: str) -> None:
-    @settings(quick, max_examples=2)
-    @given(networks(Style(steps=4, focus=name)), st.data())
+def check_operator(name: str, steps: int, profile: settings) -> None:
+    @settings(profile)
+    @given(networks(Style(steps=steps, focus=name)), st.data())
     def check_all(network: Network, data: st.DataObject) -> None:
         check_deepened(network)
         check_strips(network, data)
 
     check_all()
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN - IN_FLOAT32)[::3])
+def test_operators(name: str) -> None:
+    check_operator(name, 4, settings(quick, max_examples=2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(DRAWN - IN_FLOAT32))
 def test_operators_thoroughly(name: str) -> None:
-    @settings(thorough, max_examples=20)
-    @given(networks(Style(steps=5, focus=name)), st.data())
-    def check_all(network: Network, data: st.DataObject) -> None:
-        check_deepened(network)
-        check_strips(network, data)
-
-    check_all()
+    check_operator(name, 5, settings(thorough, max_examples=20))
 
 
 # --- under a budget ------------------------------------------------------------------------------------
@@ -112,7 +110,12 @@ def test_strips_hold_less_and_compute_more(network: Path) -> None:
     assert strips.cost.peak.max() < slabs.cost.peak.max() < whole.cost.peak.max()
     assert strips.cost.flops.sum() > slabs.cost.flops.sum()
     assert slab_peaks(strips.model)[1] < 8 * int(strips.cost.peak.max())
-    assert "strips one after the other" in strips.report() and strips.to_dict()["schedule"]["strips"]
+    told = strips.to_dict()
+    assert "strips one after the other" in strips.report() and told["schedule"]["strips"] == ["height", "width"]
+    # what follows from merged statistics is done by every strip
+    more = float(strips.cost.flops.sum() - slabs.cost.flops.sum())
+    assert told["totals"]["flops_twice"] == pytest.approx(more, abs=0 if "batch" in network.name else 0.01 * more)
+    assert slabs.to_dict()["totals"]["flops_twice"] == 0
     with pytest.raises(PartitionError, match="run it with backend lockstep"):
         strips.session(backend="gloo")
 

@@ -13,7 +13,10 @@ function buildHeading() {
   if (data.schedule) {
     const thick = [...new Set(data.schedule.thickness)].sort((a, b) => a - b).join(" or ");
     const files = data.schedule.files.length ? `; in files: ${data.schedule.files.join(", ")}` : "";
-    cards.push(["Schedule", `depth-first along ${data.schedule.axis}`, `${plural(data.schedule.thickness.length, "chain")}, slabs of ${thick} cells${files}`]);
+    const counts = new Map(data.mesh);
+    const cut = data.schedule.strips.map((axis) => `${counts.get(axis)} along ${axis}`).join(" \u00d7 ");
+    const strips = cut ? `; strips one after the other, ${cut}: ${flopText(totals.flops_twice)} near their cuts done by both sides` : "";
+    cards.push(["Schedule", `depth-first along ${data.schedule.axis}`, `${plural(data.schedule.thickness.length, "chain")}, slabs of ${thick} cells${strips}${files}`]);
   }
   byId("totals").append(...cards.map(([name, figure, more]) => make("div", {}, make("dt", {}, name), make("dd", {}, figure, make("small", {}, more)))));
   const lines = data.remarks.map(remark);
