@@ -242,3 +242,16 @@ def test_statistics_of_what_every_rank_has_whole() -> None:
     check({"x": random(1, 6, 14), "z": random(1, 6, 10)},
           ("MatMul", ["x", random(14, 10)], {}), ("Softmax", ["v0"], {"axis": -1}), ("Add", ["v1", "z"], {}),
           mesh="width=2", opset=13)
+
+
+@pytest.mark.parametrize("reduces", ["ArgMax", "ReduceLogSumExp"])
+def test_an_axis_that_goes_is_not_another_one_of_one_cell(reduces: str) -> None:
+    """What is dropped after a merge is the axis that was reduced over, not the one behind it, which lies in slabs."""
+    attributes = {"axis": 2} if reduces == "ArgMax" else {"axes": [2]}
+    x = {"x": random(1, 2, 8, 1).astype(np.float64)}
+    model = as_double(chain({"x": random(1, 2, 8, 1)}, (reduces, ["x"], {"keepdims": 0, **attributes}),
+                            ("Cast", ["v0"], {"to": TensorProto.FLOAT}), opset=13))
+    plan = compile_plan(model, "height=2", rolled="width")
+    assert layout(plan, "v0") == "[1, 2, width(0|1)]"
+    for name, expected in reference64(model, x).items():
+        assert close(run_lockstep(plan, x).outputs[name], expected, 1e-12)

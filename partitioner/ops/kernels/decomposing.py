@@ -35,6 +35,13 @@ def number(write: Decomposer, value: float, dtype: ir.DataType) -> ir.Value:
     return write.constant(np.asarray(value, dtype.numpy()))
 
 
+def squeezed(write: Decomposer, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+    """The value without axes of one cell; which they are is said, for others may have one cell too."""
+    if write.opset < 13:
+        return write.op("Squeeze", [value], {"axes": list(axes)})[0]
+    return write.op("Squeeze", [value, write.constant(np.asarray(list(axes), np.int64))])[0]
+
+
 def clip(write: Decomposer, value: ir.Value, low: float, high: float | None = None) -> ir.Value:
     """The value, not below `low` and not above `high`; NaN stays."""
     bounds = {"min": low} if high is None else {"min": low, "max": high}

@@ -25,7 +25,7 @@ from partitioner.ops.base import (
     statistics,
     whole,
 )
-from partitioner.ops.kernels.decomposing import cast, number, type_of
+from partitioner.ops.kernels.decomposing import cast, number, squeezed, type_of
 from partitioner.ops.registry import register
 from partitioner.ops.standard.softmax import read_axes
 
@@ -139,7 +139,7 @@ class ArgExtreme(Operator):
         index = merged_index(write, inputs[0], self.shape_in, [self.axis], smallest=self.smallest, last=self.last)
         if self.keepdims:
             return index
-        return write.op("Reshape", [index, write.constant(np.asarray(self.outputs[0].shape, np.int64))])[0]
+        return squeezed(write, index, [self.axis])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)

@@ -26,7 +26,7 @@ from partitioner.ops.base import (
     whole,
 )
 from partitioner.ops.dtypes import torch_dtype
-from partitioner.ops.kernels.decomposing import cast, clip, number, through_float, type_of, wide_type
+from partitioner.ops.kernels.decomposing import cast, clip, number, squeezed, through_float, type_of, wide_type
 from partitioner.ops.kernels.threads import one_thread
 from partitioner.ops.registry import register
 from partitioner.ops.standard.pool import lowest
@@ -160,7 +160,7 @@ class Reduce(Operator):
         (result,) = write.op("Add", [through_float(write, "Log", total), highest])
         if self.keepdims:
             return result
-        return write.op("Reshape", [result, write.constant(np.asarray(self.outputs[0].shape, np.int64))])[0]
+        return squeezed(write, result, self.axes)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         dtype = self.outputs[0].dtype

@@ -47,6 +47,7 @@ class Reshape(Operator):
         Example("Reshape", ((2, 3, 4, 5), np.array([0, -1, 5], np.int64))),
         Example("Flatten", ((2, 3, 4, 5),)),
         Example("Squeeze", ((2, 1, 7, 1), np.array([1, -1], np.int64))),
+        Example("Squeeze", ((5, 3, 1, 1), np.array([2], np.int64))),
         Example("Unsqueeze", ((2, 7), np.array([0, 3], np.int64))),
         Example("Squeeze", ((2, 1, 7),), {"axes": [1]}, opset=11),
         Example("Squeeze", ((2, 1, 7, 1),), opset=11),
@@ -70,7 +71,9 @@ class Reshape(Operator):
         if math.prod(target) != math.prod(data.shape):
             raise WrongExtents(f"extents {list(data.shape)} do not become {list(target)}; the network cannot take "
                               "this volume's extents")
-        return cls(view.inputs, (TensorType(target, data.dtype),), find_groups(data.shape, target))
+        squeezes = view.op_type in ("Squeeze", "Unsqueeze") and 0 not in data.shape
+        groups = _pairs(view, data.shape, target) if squeezes else find_groups(data.shape, target)
+        return cls(view.inputs, (TensorType(target, data.dtype),), groups)
 
     def needs(self, output: int = 0) -> Needs:
         data = self.inputs[0]
@@ -176,20 +179,44 @@ def _flatten_target(view: NodeView, shape: tuple[int, ...]) -> tuple[int, ...]:
     return math.prod(shape[:axis]), math.prod(shape[axis:])
 
 
-def _squeeze_target(view: NodeView, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _squeezed_axes(view: NodeView, shape: tuple[int, ...]) -> set[int]:
     given = listed_integers(view, "axes", 1)
-    axes = {a % len(shape) for a in given} if given is not None else {a for a, n in enumerate(shape) if n == 1}
+    return {a % len(shape) for a in given} if given is not None else {a for a, n in enumerate(shape) if n == 1}
+
+
+def _squeeze_target(view: NodeView, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axes = _squeezed_axes(view, shape)
     if any(shape[a] != 1 for a in axes):
         raise Unsupported(f"it squeezes axes {sorted(axes)} of extents {list(shape)}; correct the file")
     return tuple(n for a, n in enumerate(shape) if a not in axes)
 
 
-def _unsqueeze_target(view: NodeView, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _new_axes(view: NodeView, shape: tuple[int, ...]) -> set[int]:
     given = listed_integers(view, "axes", 1) or ()
-    rank = len(shape) + len(given)
-    axes = {a % rank for a in given}
-    rest = iter(shape)
-    return tuple(1 if a in axes else next(rest) for a in range(rank))
+    return {a % (len(shape) + len(given)) for a in given}
+
+
+def _unsqueeze_target(view: NodeView, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axes, rest = _new_axes(view, shape), iter(shape)
+    return tuple(1 if a in axes else next(rest) for a in range(len(shape) + len(axes)))
+
+
+def _pairs(view: NodeView, shape: tuple[int, ...], target: tuple[int, ...]) -> tuple[Group, ...]:
+    """The axes that stay, each for itself, whatever other axes have one cell; and those that go or come."""
+    squeezes = view.op_type == "Squeeze"
+    alone = _squeezed_axes(view, shape) if squeezes else _new_axes(view, shape)
+    longer = shape if squeezes else target
+    found: list[Group] = []
+    stays = 0
+    for axis, n in enumerate(longer):
+        if axis in alone:
+            ins, outs = ((axis,), ()) if squeezes else ((), (axis,))
+            found.append(Group(ins, outs, None, None, identity(1), 1, 1))
+            continue
+        source, goal = (axis, stays) if squeezes else (stays, axis)
+        found.append(Group((source,), (goal,), source, goal, identity(n), 1, 1))
+        stays += 1
+    return tuple(found)
 
 
 _TARGETS: dict[str, Any] = {
