@@ -5,8 +5,9 @@
     y = Conv(x)   depth(0|60|121)                y = Conv(x)   depth(0:61 59:121)      computed twice near the cut
     z = Conv(y)   depth(0|60|121)                z = Conv(y)   depth(0|60|121)         no exchange of y is needed
 
-A value that is deepened holds all that its readers need.  It cannot be when it leaves the graph, is exchanged or
-gathered anyway, or goes into a statistic: there every cell counts once.
+A value that is deepened holds all that its readers need, along every axis: exchanges start from disjoint shards.  It
+cannot be when it leaves the graph, is exchanged or gathered anyway, or goes into a statistic: there every cell counts
+once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from partitioner.layout import AxisLayout
 from partitioner.ops.nodes import needed_layout
 from partitioner.strips import can_deepen
 from passes.base import Check, Pass
-from passes.checks import AGREE, LAID_OUT, SPLIT
+from passes.checks import AGREE, LAID_OUT, SPLIT, holds
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class DeepenHalos(Pass):
         for axis, split in enumerate(layout.axes):
             if split is not None and split.mesh_axis in self.axes and can_deepen(value, axis):
                 layout = layout.with_axis(axis, AxisLayout(split.mesh_axis, _held(value, axis, split)))
-        if layout != dialect.get_layout(value):
+        if layout == dialect.get_layout(value):
+            return
+        wants = (needed_layout(use.node, use.idx) for use in value.uses())
+        if all(want is None or holds(layout, want) for want in wants):
             dialect.set_layout(value, layout)
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 import partitioner as pt
 from benchmarks.models import UNetConfig, export
@@ -23,6 +24,7 @@ from partitioner.mesh import Mesh
 from partitioner.strips import Prices, values_to_recompute
 from tests.builder import Style, wide
 from tests.drawn import DRAWN, IN_FLOAT32
+from tests.examples import one_graph
 from tests.oracle import as_double, close, error, pipeline, run_lockstep
 from tests.strategies import Network, extents_of, networks
 from tests.test_graphs import quick, thorough
@@ -77,6 +79,16 @@ def test_operators(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(DRAWN - IN_FLOAT32))
 def test_operators_thoroughly(name: str) -> None:
     check_operator(name, 5, settings(thorough, max_examples=20))
+
+
+def test_what_is_exchanged_along_one_axis_is_not_deepened_along_another() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("ReduceMax", ["a"], ["m"], axes=[2], keepdims=0),
+             helper.make_node("Conv", ["a", "w"], ["y"], pads=[1] * 6)]
+    model = one_graph(nodes, {"x": np.zeros((1, 2, 5, 7, 5), np.float32)}, {"w": np.ones((2, 2, 3, 3, 3), np.float32)},
+                      {"y": (TensorProto.FLOAT, (1, 2, 5, 7, 5)), "m": (TensorProto.FLOAT, (1, 2, 7, 5))}, 13)
+    plan = pipeline(Mesh.parse("depth=2,width=2"), deepened=("depth", "width")).run(load_model(model))
+    (exchange,) = [node for node in plan.graph if dialect.is_exchange(node)]
+    assert exchange.inputs[0] is not None and dialect.get_layout(exchange.inputs[0]).is_partition
 
 
 # --- under a budget ------------------------------------------------------------------------------------
