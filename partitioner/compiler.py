@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -51,23 +51,39 @@ class DepthFirst:
         return tuple(name for name, _ in self.strips)
 
 
+@dataclass(frozen=True)
+class Steering:
+    """What is decided about a plan beside its mesh and cuts: by the planner, or by the user.
+
+    Args:
+        pinned: nodes that are computed by all ranks along some mesh axes, by name with these axes.
+        deepened: values of which ranks compute the halos themselves instead of exchanging them.
+    """
+
+    pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    deepened: frozenset[str] = frozenset()
+
+
 Purpose = Literal["inference", "evaluation", "training"]
 """What a plan is for: inference folds weights together, evaluation keeps them as the file has them (for a module
 that also trains), training replaces layers by what they do in training."""
 
 
 def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], strict: bool = False,
-                      purpose: Purpose = "inference", order: DepthFirst | None = None) -> Pipeline:
+                      purpose: Purpose = "inference", order: DepthFirst | None = None,
+                      steering: Steering | None = None) -> Pipeline:
     """The passes that make a plan, in order."""
+    steering = steering or Steering()
     rolled, strips = (None, ()) if order is None else (order.axis, order.strip_axes)
     if order is not None:
         mesh = Mesh.parse({**dict(mesh.axes), **dict(order.strips)})
     return Pipeline((
         Canonicalize(shapes, strict, fold_norms=purpose == "inference", mesh=mesh),
         *((PrepareTraining(),) if purpose == "training" else ()),
-        AssignShards(mesh, cuts, () if rolled is None else (rolled,)),
+        AssignShards(mesh, cuts, () if rolled is None else (rolled,), steering.pinned),
         InsertReshards(),
         SplitReductions(),
+        *((DeepenHalos(mesh.names, steering.deepened),) if steering.deepened else ()),
         *((DeepenHalos(strips, order.recomputed),) if order is not None and strips else ()),
         InsertHaloExchanges(),
         MergeExchanges(),
@@ -76,9 +92,9 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
     ))
 
 
-def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],
+def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts],  # noqa: PLR0913
                  dump_dir: Path | None = None, strict: bool = False, purpose: Purpose = "inference",
-                 order: DepthFirst | None = None) -> ir.Model:
+                 order: DepthFirst | None = None, steering: Steering | None = None) -> ir.Model:
     """A plan of a model; the model itself stays as it is.
 
     Args:
@@ -86,13 +102,14 @@ def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str
         strict: refuse operators that have no sharded rule.
         purpose: see `Purpose`.
         order: how ranks go through their shards when not all at once.
+        steering: what is decided beside mesh and cuts.
 
     Raises:
         PartitionError: when the model cannot be kept exact on this mesh with these extents.
     """
     model = source.clone()
     observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
-    return standard_pipeline(mesh, shapes, cuts, strict, purpose, order).run(model, observers)
+    return standard_pipeline(mesh, shapes, cuts, strict, purpose, order, steering).run(model, observers)
 
 
 def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:

@@ -12,7 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from partitioner.geometry import Interval, Pieces, pieces, span
+from partitioner.geometry import Interval, Pieces, hull, pieces, span
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -42,6 +42,13 @@ class AxisMap(ABC):
         if cut >= self.n_in:
             return self.n_out
         return min(max(self._follow(cut), 0), self.n_out)
+
+    @property
+    def overlap(self) -> int:
+        """Input cells that are needed on both sides of the middle of the output: the halo of two shards together."""
+        middle = self.n_out // 2
+        before, after = self.needed(Interval(0, middle)), self.needed(Interval(middle, self.n_out))
+        return max(0, hull(before).stop - hull(after).start) if before and after else 0
 
     @property
     def is_identity(self) -> bool:

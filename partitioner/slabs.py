@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.geometry import Interval, hull
 from partitioner.ops.nodes import needs_of
 from partitioner.rolling import rolled_axis
 
@@ -60,9 +59,5 @@ def _overlap(node: ir.Node, value: ir.Value, axis: int, name: str) -> int:
             needs = needs_of(node, output)[index]
             if needs is None or needs[axis].axis != place:
                 continue
-            extent = dialect.shape_of(result)[place]
-            before = needs[axis].map.needed(Interval(0, extent // 2))
-            after = needs[axis].map.needed(Interval(extent // 2, extent))
-            if before and after:
-                found = max(found, hull(before).stop - hull(after).start)
+            found = max(found, needs[axis].map.overlap)
     return found

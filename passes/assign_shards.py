@@ -42,6 +42,7 @@ class AssignShards(Pass):
         mesh: the mesh of ranks.
         cuts: the user's own cuts of the inputs' axes, by mesh axis; even ones otherwise.
         rolled: mesh axes of one rank that are laid out all the same, because a rank goes along them slab by slab.
+        pinned: nodes that are computed by all ranks along some mesh axes, by name with these axes.
     """
 
     name: ClassVar[str] = "assign-shards"
@@ -51,6 +52,7 @@ class AssignShards(Pass):
     mesh: Mesh
     cuts: Mapping[str, Cuts] = field(default_factory=dict[str, Cuts])
     rolled: tuple[str, ...] = ()
+    pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def apply(self, model: ir.Model) -> None:
         mesh = self.mesh.with_axes(self.rolled)
@@ -68,6 +70,7 @@ class AssignShards(Pass):
             for output, value in enumerate(node.outputs):
                 _follow(node, output, value, classes, decided)
                 _assign(value, classes, decided, separable_axes(node, output))
+        _pin(model, self.pinned)
 
 
 def seed_layouts(model: ir.Model, mesh: Mesh, cuts: Mapping[str, Cuts],
@@ -177,6 +180,23 @@ def _assign(value: ir.Value, classes: Mapping[AxisKey, AxisKey], decided: Mappin
         taken = {a.mesh_axis for a in axes if a is not None}
         axes.append(None if split is None or split.mesh_axis in taken else split)
     dialect.set_layout(value, Layout(shape, tuple(axes)))
+
+
+def _pin(model: ir.Model, pinned: Mapping[str, tuple[str, ...]]) -> None:
+    """Take mesh axes out of the layouts of some nodes' results, after all others have been found as without.
+
+    Raises:
+        PartitionError: for a name that no node has.
+    """
+    nodes = {str(node.name): node for node in model.graph}
+    refuse_all([f"pinned node '{name}': the network has no node of this name, as it is laid out; `partition plan` "
+                "lists the names" for name in pinned if name not in nodes])
+    for name, mesh_axes in pinned.items():
+        for value in nodes[name].outputs:
+            if dialect.has_layout(value):
+                layout = dialect.get_layout(value)
+                axes = tuple(None if a is not None and a.mesh_axis in mesh_axes else a for a in layout.axes)
+                dialect.set_layout(value, Layout(layout.shape, axes))
 
 
 def assign_new(node: ir.Node) -> None:
