@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import partitioner as pt
-from runtime.training.segments import StepBytes, choose_segments
+from partitioner.segments import StepBytes, choose_segments
 from tests.training import as_exported, gradients, in_processes, off, whole
 
 SHAPE = (2, 1, 12, 9, 8)

@@ -20,8 +20,8 @@ from runtime.executor import merge
 from runtime.memory import view
 from runtime.program import Action, AllReduce, Compute, Exchange, Load, Program, Store, Window
 from runtime.training.communication import Leg, Link, exchange, gather_partials, make_leg, tie
-from runtime.training.liveness import Slot, entering, find_batch_statistics, find_sizes, find_uses, some_empty
-from runtime.training.segments import choose_segments, run_segment
+from runtime.training.liveness import Slot, entering, find_batch_statistics, find_segments, find_uses, some_empty
+from runtime.training.segments import run_segment
 
 Shards = list[torch.Tensor]
 """A value's cells on every local rank."""
@@ -93,7 +93,7 @@ class Differentiable:
         self._some_empty = some_empty(plan)
         steps = len(programs[0].steps)
         self._uses = find_uses(programs[0])
-        self.segments = choose_segments(find_sizes(plan, self._uses), steps) if checkpoint else ((0, steps),)
+        self.segments = find_segments(plan, programs[0]) if checkpoint else ((0, steps),)
 
     def run(self, inputs: Mapping[str, Shards], weights: Sequence[Mapping[str, torch.Tensor]],
             touched: Sequence[torch.Tensor] = ()) -> dict[str, Shards]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +9,8 @@ from typing import Literal
 import onnx_ir as ir
 import torch
 
-from partitioner import dialect
-from partitioner.lifetime import find_lifetimes
-from runtime.program import Action, Load, Program, buffers_written, windows_read
-from runtime.training.segments import StepBytes
+from partitioner import dialect, segments
+from runtime.program import Action, Load, Program, Store, buffers_written, windows_read
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,22 @@ def find_uses(program: Program) -> dict[str, Use]:
     return {name: Use(first, extended[name], dies[name]) for name, first in born.items()}
 
 
-def find_sizes(plan: ir.Model, uses: Mapping[str, Use]) -> list[StepBytes]:
-    """What every buffer takes on all ranks together: the same numbers, and so the same segments, on every rank."""
-    sizes: dict[str, int] = {}
-    buffer_of = find_lifetimes(plan).buffer_of
-    for value in (*plan.graph.inputs, *(v for node in plan.graph for v in node.outputs)):
-        if value.name in buffer_of and value.dtype is not None:
-            name = buffer_of[str(value.name)]
-            nbytes = math.prod(dialect.shape_of(value)) * value.dtype.itemsize
-            sizes[name] = max(sizes.get(name, 0), int(nbytes))
-    return [StepBytes(sizes.get(name, 0), use.born, use.dies) for name, use in uses.items()]
+def find_segments(plan: ir.Model, program: Program) -> tuple[tuple[int, int], ...]:
+    """The plan's segments in steps: inputs are loaded before their first reader, outputs stored after their maker."""
+    names = [str(node.name) for node in plan.graph]
+    starts, first = [0], 0
+    for index, step in enumerate(program.steps):
+        if len(starts) <= len(names) and _name_of(step.action) == names[len(starts) - 1]:
+            starts[-1] = first
+            starts.append(index + 1)
+        if not isinstance(step.action, Load):
+            first = index + 1
+    starts[-1] = len(program.steps)
+    return tuple((starts[start], starts[stop]) for start, stop in segments.find_segments(plan))
+
+
+def _name_of(action: Action) -> str | None:
+    return None if isinstance(action, Load | Store) else getattr(action, "name", None)
 
 
 def entering(programs: Sequence[Program], weights: Sequence[Mapping[str, torch.Tensor]], uses: Mapping[str, Use],
