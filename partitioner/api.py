@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.axes import named_axes
-from partitioner.compiler import DepthFirst, compile_plan, plain_model
+from partitioner.compiler import Steering, compile_plan, plain_model
 from partitioner.compose import Around, Wrapping, compose
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
@@ -26,20 +26,18 @@ from partitioner.guards import (
     check_inputs,
     checked_path,
     is_tensor,
-    parse_mesh,
     source_problems,
     whole_numbers,
 )
-from partitioner.layout import Cuts
-from partitioner.loader import fault_of, load_file, load_model, save_model
-from partitioner.mesh import AXIS_NAMES, Mesh
+from partitioner.loader import load_file, load_model, save_model
+from partitioner.mesh import Mesh
 from partitioner.ops.weights import without_gradient
+from partitioner.planning import Devices, Request, compile_request, devices_of, pinned_axes, search_plan
 from partitioner.report import plan_dict, render, to_text
-from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
-    from partitioner.budget import Budget
     from partitioner.page import Alternative
+    from partitioner.planner.choice import Choice
     from partitioner.profile import Profile
     from partitioner.timing import PlanTime
     from runtime.session import Runner, RunReport
@@ -68,9 +66,13 @@ def partition(  # noqa: PLR0913 (the words of the command)
     train: bool = False,
     memory: str | int | None = None,
     host_memory: str | int | None = None,
+    devices: int | None = None,
+    profile: Profile | str | Path | None = None,
+    backend: str | None = None,
+    pinned: Mapping[str, str | Sequence[str]] | None = None,
     **around: Unpack[Around],
 ) -> Plan:
-    """Partition a model over a mesh of ranks.
+    """Partition a model over a mesh of ranks: the one given, or the one that is best for so many devices.
 
     Args:
         model: path of an .onnx file, `onnx.ModelProto`, `onnx_ir.Model`, or `torch.nn.Module`.
@@ -83,8 +85,14 @@ def partition(  # noqa: PLR0913 (the words of the command)
         train: export a torch module so that `Plan.module` can train it: batch norms and dropouts stay.
         memory: what the process may hold, as `"2GiB"` or in bytes: anonymous memory, with the program itself, weights
             and whole inputs and outputs.  The plan is executed depth-first where that needs less.
+            With `devices` it is what each of them has.
         host_memory: of that, what tensors may take that rest between chains; beyond it they lie in mapped files in the
             folder for temporary files.
+        devices: how many there are; the planner chooses the mesh, the cuts and more, as far as `mesh`, `cuts` and
+            `pinned` leave it to it.  See `Plan.choice` and `Plan.explain`.
+        profile: what each device can do; see `Plan.time`.
+        backend: how messages travel between them; by default what suits the profile.
+        pinned: nodes that all ranks compute, by name: `{"conv7": "replicated"}`, or the mesh axes of those ranks.
         around: what becomes part of the graph before it is partitioned: `preprocess=["window=-160:240"]`,
             `output_ops=["softmax", "argmax"]`, `tta="flips"`, `ensemble=["fold1.onnx"]`; words as in the command.
 
@@ -100,12 +108,17 @@ def partition(  # noqa: PLR0913 (the words of the command)
         found = {name: shape for name, shape in found.items() if name in open_inputs}
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
-    budget = None
+    request = Request(mesh, wanted, positions, strict, None, Steering(pinned_axes(pinned)))
+    folder = None if dump_dir is None else Path(dump_dir)
+    if devices is not None:
+        return Plan.search(source, request, devices_of(devices, profile, backend, memory, host_memory), folder)
+    refuse_all([f"{word} is for choosing a mesh; give devices too, as devices=8"
+                for word, given in (("profile", profile), ("backend", backend)) if given is not None])
     if memory is not None or host_memory is not None:
         from partitioner.budget import Budget
 
-        budget = Budget.of(memory, host_memory)
-    return Plan.compile(source, mesh, wanted, positions, None if dump_dir is None else Path(dump_dir), strict, budget)
+        request = replace(request, budget=Budget.of(memory, host_memory))
+    return Plan.compile(source, request, folder)
 
 
 def load(path: str | Path) -> Plan:
@@ -141,42 +154,27 @@ class Plan:
 
     Attributes:
         model: the graph; one node stands for all its shards.
+        choice: what the planner looked at, where it chose; None otherwise.
     """
 
-    def __init__(self, model: ir.Model, source: ir.Model | None = None, cuts: Mapping[str, Cuts] | None = None,
-                 strict: bool = False, budget: Budget | None = None) -> None:
+    def __init__(self, model: ir.Model, source: ir.Model | None = None, request: Request | None = None,
+                 choice: Choice | None = None) -> None:
         self.model = model
+        self.choice = choice
         self._source = source
-        self._budget = budget
-        self._strict = strict
-        self._cuts = dict(cuts or {})
+        self._request = request or Request()
 
     @classmethod
-    def compile(cls, source: ir.Model, mesh: MeshLike, shapes: Mapping[str, Sequence[int]],
-                cuts: Mapping[str, Cuts], dump_dir: Path | None = None, strict: bool = False,
-                budget: Budget | None = None) -> Plan:
+    def compile(cls, source: ir.Model, request: Request, dump_dir: Path | None = None) -> Plan:
         """Run the standard passes on a copy of a model; see `partition`."""
-        refuse_all(source_problems(source))
-        found = parse_mesh(mesh, source)
-        try:
-            with with_nearest_shapes(source, shapes):
-                def lay_out(order: DepthFirst | None) -> ir.Model:
-                    return compile_plan(source, found, shapes, cuts, dump_dir, strict, order=order)
+        return cls(compile_request(source, request, dump_dir), source, request)
 
-                if budget is None:
-                    return cls(lay_out(None), source, cuts, strict)
-                from partitioner.budget import fit
-
-                free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if found.count(n) == 1
-                        and any(n in axes for axes in named_axes(source).values())]
-                return cls(fit(lay_out, free, budget), source, cuts, strict, budget)
-        except PartitionError:
-            raise
-        except Exception:
-            fault = fault_of(source)  # looked for only now, for the checker refuses much that runs
-            if fault is None:
-                raise
-            raise PartitionError(f"the model is damaged ({fault}); export it again") from None
+    @classmethod
+    def search(cls, source: ir.Model, request: Request, devices: Devices, dump_dir: Path | None = None,
+               progress: Progress | None = None) -> Plan:
+        """The plan that the planner chooses for some devices; see `partition`."""
+        model, found, choice = search_plan(source, request, devices, dump_dir, progress)
+        return cls(model, source, found, choice)
 
     def __repr__(self) -> str:
         return f"<Plan for {_shapes_text(self.input_shapes)} on {self.mesh}>"
@@ -197,10 +195,9 @@ class Plan:
         found = plan_cost(self.model)
         if dialect.get_schedule(self.model) is None:
             return found
-        from partitioner.budget import slab_peaks
+        from partitioner.budget import with_slab_peaks
 
-        each, together = slab_peaks(self.model)
-        return replace(found, slab_peak=each, slab_peak_together=together)
+        return with_slab_peaks(self.model, found)
 
     def time(self, profile: Profile | str | Path | None = None, backend: str = "lockstep",
              threads: int | None = None) -> PlanTime:
@@ -220,6 +217,18 @@ class Plan:
         found = profile if isinstance(profile, Profile) else Profile.find(profile)
         return plan_time(self.model, self.cost, found, backend, threads)
 
+    def explain(self, node: str | None = None) -> str:
+        """Why the planner chose this plan, or what it decided at one node and what that costs in the other plans.
+
+        Raises:
+            PartitionError: when the planner did not choose it (it does with `devices`), or there is no such node.
+        """
+        if self.choice is None:
+            raise PartitionError("this plan was not chosen among others; give devices, as devices=8")
+        from partitioner.planner.explain import explain_node, why
+
+        return why(self.choice) if node is None else explain_node(self.choice, node)
+
     def report(self, width: int = 160) -> str:
         """The plan as a table of text, `width` columns wide."""
         return to_text(render(self.model, self.cost), width)
@@ -233,6 +242,10 @@ class Plan:
         """
         from partitioner.page import write_page
 
+        if self.choice is not None:
+            from partitioner.planner.explain import alternatives_of
+
+            alternatives, explain = alternatives or alternatives_of(self.choice), explain or self.explain()
         write_page(checked_path(path), self.model, self.cost, name, alternatives, explain)
 
     def to_dict(self) -> dict[str, Any]:
@@ -308,8 +321,8 @@ class Plan:
         after = {**self.input_shapes, **shapes}
         changed = {axis for name, axes in named_axes(self.model).items() for axis, place in axes.items()
                    if self.input_shapes[name][place : place + 1] != after[name][place : place + 1]}
-        kept = {axis: cuts for axis, cuts in self._cuts.items() if axis not in changed}
-        return Plan.compile(self._source, self.mesh, shapes, kept, strict=self._strict, budget=self._budget)
+        kept = {axis: cuts for axis, cuts in self._request.cuts.items() if axis not in changed}
+        return Plan.compile(self._source, replace(self._request, mesh=self.mesh, shapes=shapes, cuts=kept))
 
     def module(self, device: str = "cpu", *, checkpoint: bool = False, biased_variance: bool = False,
                global_statistics: bool = False) -> PartitionedModule:
@@ -340,7 +353,8 @@ class Plan:
         if folded:
             warnings.warn(FOLDED.format(count=len(folded), names=", ".join(folded[:3])), stacklevel=2)
         training, evaluation = (
-            compile_plan(self._source, self.mesh, self.input_shapes, self._cuts, strict=self._strict, purpose=purpose)
+            compile_plan(self._source, self.mesh, self.input_shapes, self._request.cuts, strict=self._request.strict,
+                         purpose=purpose)
             for purpose in ("training", "evaluation"))
         refuse_all(without_gradient(training))
         options = Options(biased_variance, checkpoint, global_statistics)

@@ -21,7 +21,7 @@ import torch
 from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.compiler import DepthFirst
-from partitioner.cost import cells, operations_done_twice
+from partitioner.cost import PlanCost, cells, operations_done_twice
 from partitioner.errors import PartitionError
 from partitioner.exchange import IntArray
 from partitioner.lifetime import find_lifetimes
@@ -351,6 +351,14 @@ def _largest_rank(model: ir.Model) -> int:
     mesh = dialect.get_mesh(model)
     total = sum((cells(dialect.get_layout(v), mesh) for v in model.graph.inputs), start=np.zeros(mesh.shape))
     return int(np.argmax(total))
+
+
+def with_slab_peaks(model: ir.Model, cost: PlanCost) -> PlanCost:
+    """The cost of a plan with what it holds when it is executed slab by slab, if it is."""
+    if dialect.get_schedule(model) is None:
+        return cost
+    each, together = slab_peaks(model)
+    return replace(cost, slab_peak=each, slab_peak_together=together)
 
 
 def slab_peaks(model: ir.Model) -> tuple[IntArray, int]:

@@ -15,9 +15,9 @@ from partitioner.console import (
     ProgressBar,
     Unwritable,
     complain,
-    console,
     print_json,
     say,
+    show,
     speaks_for_all,
     vars_of,
     write,
@@ -28,6 +28,7 @@ from partitioner.signals import Ended, orderly_end
 
 EXAMPLES = """examples:
   partition plan unet3d.onnx --mesh depth=2,height=2 --shape volume=1x1x121x160x143
+  partition plan unet3d.onnx --devices 8 --memory 40GiB --profile h100
   partition compile unet3d.onnx --mesh 2x2x1 -o unet3d.plan.onnx
   partition run unet3d.onnx --mesh depth=2 --backend gloo --input ct.nii.gz --output logits.nii.gz
   partition verify unet3d.plan.onnx --backend gloo
@@ -99,9 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plan = _command(commands, "plan", _with_operators(_plan), "show layouts, halos, memory and traffic of a partition")
     _model_options(plan, "MODEL", "an ONNX model (or a plan)")
+    _transport_option(plan)
+    plan.add_argument("--explain", metavar="NODE", action="append", default=[],
+                      help="tell what was decided at a node, and what that takes in the other plans (with --devices; "
+                           "repeat)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     report = _command(commands, "report", _with_operators(_report), "write a page that shows a partition (HTML)")
     _model_options(report, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
+    _transport_option(report)
     report.add_argument("-o", "--output", metavar="FILE.html", required=True, help="page to write")
     compile_ = _command(commands, "compile", _with_operators(_compile), "write a partition as an ONNX file")
     _model_options(compile_, "MODEL", "an ONNX model (or a plan)")
@@ -150,6 +156,20 @@ def tolerance(text: str) -> float:
     return found
 
 
+def whole_number(text: str) -> int:
+    """A number from 1; argparse names it after this function when it is none."""
+    found = int(text)
+    if found < 1:
+        raise ValueError(text)
+    return found
+
+
+def _transport_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", metavar="LINK",
+                        help="how messages travel, for --devices: lockstep, gloo, nccl, network (default: what suits "
+                             "the profile)")
+
+
 def _command(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:
     found = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     found.set_defaults(action=action, action_name=name, held=None)
@@ -164,9 +184,16 @@ def _model_options(parser: argparse.ArgumentParser, metavar: str, text: str) -> 
                         help="extents of an input (needed where the model leaves axes open)")
     parser.add_argument("--cuts", metavar="AXIS=P,P,...", action="append", default=[],
                         help="where shards begin along a mesh axis, e.g. depth=50 for shards 0-50 and 50-end")
+    parser.add_argument("--devices", metavar="N", type=whole_number,
+                        help="choose the mesh, the cuts and more for up to N devices; what --mesh, --cuts and --pin "
+                             "say stays")
+    parser.add_argument("--profile", metavar="NAME|FILE",
+                        help="what a device can do (see `partition calibrate`): a100, h100, h200, or a file")
+    parser.add_argument("--pin", metavar="NODE=replicated", action="append", default=[],
+                        help="let all ranks compute a node, or all along some mesh axes: NODE=depth,height (repeat)")
     parser.add_argument("--memory", metavar="SIZE",
-                        help="what a process may hold, as 2GiB; the plan is executed depth-first, slab by slab, where "
-                             "that needs less")
+                        help="what a process may hold, as 2GiB (with --devices, each of them); the plan is executed "
+                             "depth-first, slab by slab, where that needs less")
     parser.add_argument("--host-memory", metavar="SIZE",
                         help="of that, what may rest in memory between chains; the rest goes into temporary files")
     parser.add_argument("--strict", action="store_true",
@@ -202,17 +229,21 @@ def _plan(options: argparse.Namespace) -> int:
     from partitioner.options import load_plan
     from partitioner.report import render
 
-    plan = load_plan(options)
+    with ProgressBar(options, options.devices is not None) as progress:
+        plan = load_plan(options, progress=progress)
+    said = [plan.explain(node) for node in options.explain]
     if options.json:
-        print_json(plan.to_dict())
+        print_json({**plan.to_dict(), **({"explained": said} if said else {})})
         return 0
-    try:
-        console().print(render(plan.model, plan.cost))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise Unwritable(error.strerror or str(error)) from None
+    if plan.choice is None:
+        show(render(plan.model, plan.cost))
+        return 0
+    from partitioner.planner.explain import render_choice
+
+    if said:
+        write("\n\n".join(said) + "\n")
+    else:
+        show(render(plan.model, plan.cost), render_choice(plan.choice))
     return 0
 
 

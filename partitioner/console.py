@@ -35,6 +35,21 @@ def console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=160, no_color=True)
 
 
+def show(*items: Any) -> None:
+    """Print tables and texts.
+
+    Raises:
+        Unwritable: when the standard output takes no more.
+    """
+    try:
+        console().print(*items)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Unwritable(error.strerror or str(error)) from None
+
+
 def say(text: str) -> None:
     """Print a line."""
     write(text + "\n")

@@ -7,15 +7,16 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.api import KEPT_PLANS, Backend, Plan
+from partitioner.api import KEPT_PLANS, Backend, Plan, Progress
 from partitioner.axes import axis_extents, named_axes
+from partitioner.compiler import Steering
 from partitioner.compose import Wrapping, compose, equal_counts, input_channel_axis, part_names
 from partitioner.damage import check_plan
 from partitioner.errors import PartitionError
@@ -33,6 +34,7 @@ from partitioner.files import (
 )
 from partitioner.loader import load_file
 from partitioner.mesh import AXIS_NAMES, Mesh
+from partitioner.planning import Devices, Request, devices_of, pinned_axes
 from partitioner.shapes import spatial_rank
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def _channel_counts(options: argparse.Namespace, model: ir.Model) -> Iterator[tu
 
 
 def load_plan(options: argparse.Namespace, asked: Asked | None = None,
-              file_shapes: dict[str, tuple[int, ...]] | None = None) -> Plan:
+              file_shapes: dict[str, tuple[int, ...]] | None = None, progress: Progress | None = None) -> Plan:
     """The plan that the options ask for: read from a file, or compiled now."""
     asked = asked_model(options) if asked is None else asked
     model = asked.model
@@ -166,8 +168,30 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
              and v.shape is not None and v.shape.is_static()}
     cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
-    return Plan.compile(model, options.mesh, shapes, cuts, None if dump is None else Path(dump), options.strict,
-                        _budget(options))
+    folder = None if dump is None else Path(dump)
+    request = Request(options.mesh, shapes, cuts, options.strict, None, Steering(pinned_axes(_pins(options))))
+    if options.devices is not None:
+        return Plan.search(model, request, _devices(options), folder, progress)
+    if options.profile is not None:
+        raise PartitionError("--profile is for choosing a mesh; give --devices too, as --devices 8")
+    return Plan.compile(model, replace(request, budget=_budget(options)), folder)
+
+
+def _devices(options: argparse.Namespace) -> Devices:
+    """What the planner is to choose for: in a group that has been joined, a mesh of all its ranks."""
+    found = devices_of(options.devices, options.profile, getattr(options, "backend", None), options.memory,
+                       options.host_memory)
+    return found if options.held is None else replace(found, all_of_them=True)
+
+
+def _pins(options: argparse.Namespace) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in options.pin:
+        node, _, words = text.rpartition("=")
+        if not node:
+            raise PartitionError(f"--pin {text}: name the node, as --pin conv7=replicated")
+        found[node] = words
+    return found
 
 
 def _budget(options: argparse.Namespace) -> Budget | None:
@@ -190,6 +214,9 @@ def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str,
                              "leave --mesh out, or give the model")
     if options.cuts:
         raise PartitionError(f"{options.model}: is a plan with cuts of its own; give the model to cut it anew")
+    word = next((w for w in ("devices", "profile", "pin") if getattr(options, w)), None)
+    if word is not None:
+        raise PartitionError(f"{options.model}: is a plan, with which --{word} comes too late; give the model")
     if options.memory is not None or options.host_memory is not None:
         raise PartitionError(f"{options.model}: is a plan with its schedule; give --memory when the model is compiled")
     if getattr(options, "dump_dir", None) is not None:

@@ -28,10 +28,17 @@ MOST_POINTS = 64
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds of an operation computed twice, and of a byte that comes to rest."""
+    """What the ways to get a halo cost.
+
+    Args:
+        operation: seconds of an operation that is done twice.
+        byte: seconds of a byte that comes to rest where all meet.
+        exchange: seconds of a value's exchange, where ranks meet.
+    """
 
     operation: float
     byte: float
+    exchange: float = 0.0
 
 
 def values_to_recompute(model: ir.Model, strips: Sequence[str], prices: Prices) -> frozenset[str]:
@@ -65,6 +72,7 @@ class CutPoints:
                       for n in self.nodes for v in n.outputs if v.dtype is not None and self._is_split(v)}
         self.work = {node: float(operations(node, dialect.get_layout(node.outputs[0]), mesh).sum())
                      for node in self.links}
+        self.exchanged = {v for v in self.bytes if any(_is_halo(use.node) for use in v.uses())}
         self.middle = {name: mesh.count(name) // 2 for name in strips}
         self.crossing = list(self._crossing())
 
@@ -79,8 +87,10 @@ class CutPoints:
         graph: nx.DiGraph[int] = nx.DiGraph()
         for end in points[1:]:
             for start, twice in self._computed_twice(end, points):
-                rests = sum(self.bytes[v] for v in self.crossing[end] - self.crossing[start])
-                graph.add_edge(start, end, weight=twice * prices.operation + rests * prices.byte)
+                met = self.crossing[end] - self.crossing[start]
+                rests, exchanged = sum(self.bytes[v] for v in met), len(met & self.exchanged)
+                graph.add_edge(start, end, weight=twice * prices.operation + rests * prices.byte
+                               + exchanged * prices.exchange)
         return nx.shortest_path(graph, 0, count, weight="weight")
 
     def _names(self, path: Sequence[int]) -> frozenset[str]:

@@ -17,6 +17,7 @@ from partitioner.errors import PartitionError
 from partitioner.guards import is_tensor
 from partitioner.labels import Decision, add_scores, compare_labels
 from partitioner.ops.opaque import DOMAINS
+from partitioner.planning import Request
 from partitioner.reference import run_onnxruntime, with_exact_statistics
 from partitioner.report import size_text
 
@@ -173,13 +174,13 @@ def _references(plan: Plan, model: ir.Model,
 
     own = sorted({n.domain for n in model.graph} - {"", "ai.onnx", *DOMAINS} - {key[0] for key in model.functions})
     if own:
-        single = Plan.compile(model, None, plan.input_shapes, {})
+        single = Plan.compile(model, Request(shapes=plan.input_shapes))
         yield single.run(arrays), f"the model on one shard (onnxruntime has no operators of {', '.join(own)})"
         return
     name = f"onnxruntime {onnxruntime.__version__}, unpartitioned"
     results = run_onnxruntime(model, arrays)
     if results is None:
-        single = Plan.compile(model, None, plan.input_shapes, {})
+        single = Plan.compile(model, Request(shapes=plan.input_shapes))
         yield single.run(arrays), "the unpartitioned graph on torch (onnxruntime has no kernels for this element type)"
         return
     yield results, name

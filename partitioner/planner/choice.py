@@ -1,0 +1,123 @@
+"""What the planner is asked, what it looked at, and what it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.compiler import DepthFirst, Steering
+from partitioner.cost import PlanCost
+from partitioner.layout import Cuts
+from partitioner.mesh import Mesh
+from partitioner.profile import Profile
+from partitioner.timing import PlanTime
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a plan is to be chosen for.
+
+    Args:
+        devices: how many there are; a plan may use fewer.
+        profile: what each can do.
+        transport: how messages travel between them.
+        threads: CPU threads of a process; see `partitioner.timing.plan_time`.
+        memory: bytes that a device has, if they are limited.
+        held: bytes of that which the process and its libraries hold.
+        mesh: decided by the user.
+        cuts: decided by the user, by mesh axis.
+        pinned: decided by the user; see `partitioner.compiler.Steering`.
+        steers: whether cuts, replicated layers and deeper halos are looked for too, not the mesh alone.
+        all_of_them: whether every device has to be used.
+    """
+
+    devices: int
+    profile: Profile
+    transport: str
+    threads: int | None = None
+    memory: int | None = None
+    held: int = 0
+    mesh: Mesh | None = None
+    cuts: Mapping[str, Cuts] = field(default_factory=dict[str, Cuts])
+    pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    steers: bool = True
+    all_of_them: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that decides how a model is laid out."""
+
+    mesh: Mesh
+    cuts: Mapping[str, Cuts] = field(default_factory=dict[str, Cuts])
+    steering: Steering = field(default_factory=Steering)
+    order: DepthFirst | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to partition a model, laid out, with what it takes.
+
+    Args:
+        needed: bytes that a device holds: activations, weights, the process.
+        what: in a few words how it differs from even shards of every layer.
+    """
+
+    form: Form
+    model: ir.Model
+    cost: PlanCost
+    time: PlanTime
+    needed: int
+    what: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Forecast time of a run."""
+        return self.time.seconds
+
+    @property
+    def peak(self) -> int:
+        """Bytes of activations on the rank that holds most."""
+        return int(self.cost.peak.max(initial=0))
+
+    @property
+    def note(self) -> str:
+        """What is special about it."""
+        schedule = dialect.get_schedule(self.model)
+        slabs = "" if schedule is None else f"slab by slab along {schedule.axis}"
+        return "; ".join(filter(None, (self.what, slabs)))
+
+    @property
+    def words(self) -> str:
+        """The mesh, and what is special about it."""
+        mesh = str(self.form.mesh) if self.form.mesh.size > 1 else "one device"
+        return f"{mesh} ({self.note})" if self.note else mesh
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A way that was looked at and does not do, or was not looked at any more."""
+
+    mesh: Mesh
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan that is fastest within the memory, by the forecast, and the others.
+
+    Args:
+        chosen: the best way.
+        others: the other ways that were laid out, fastest first.
+        rejected: meshes that do not fit, or that were estimated to be slower than the chosen one.
+        meshes: how many meshes there are.
+    """
+
+    goal: Goal
+    chosen: Way
+    others: tuple[Way, ...]
+    rejected: tuple[Rejected, ...]
+    meshes: int

@@ -1,0 +1,151 @@
+"""What every mesh would take, before any is laid out: all meshes at once, as arrays.
+
+A rank's part of a value is the product of its parts along every axis, so that one pass over the graph with a number
+per mesh tells kernels, halos, gathers and merges of all of them:
+
+    seconds = kernels at the largest shard + messages of halos, gathers and merges
+    bytes   = the most that is alive at once
+
+Both leave out what only the cuts decide (cells at the borders of strided layers, waiting), so that they are a little
+less than what a plan of that mesh takes: the search looks at meshes in this order, and stops when what is left is
+estimated to be slower than what it has found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from partitioner import dialect
+from partitioner.curves import FloatArray
+from partitioner.kinds import kernel_seconds
+from partitioner.mesh import Mesh
+from partitioner.ops.base import Need
+from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
+from partitioner.profile import Profile
+from partitioner.timing import LOCKSTEP
+
+_PARTIAL = 1024
+"""Bytes of a partial result, about."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Estimates for many meshes; every figure is an array with a number per mesh.
+
+    Args:
+        model: laid out along every axis that a mesh can split, on one rank each.
+        meshes: those that are compared.
+        transport, threads: as in `partitioner.timing.plan_time`.
+    """
+
+    model: ir.Model
+    meshes: Sequence[Mesh]
+    profile: Profile
+    transport: str
+    threads: int | None = None
+
+    @cached_property
+    def seconds(self) -> FloatArray:
+        """Time of a run, of the largest shard; of all shards one after another in lock-step."""
+        total = np.zeros(len(self.meshes))
+        for node in self.model.graph:
+            total = total + self._node(node)
+        return total * (self._sizes if self.transport == LOCKSTEP else 1.0)
+
+    @cached_property
+    def peak(self) -> FloatArray:
+        """Bytes of activations that the largest shard holds at once, at least."""
+        nodes = list(self.model.graph)
+        last = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
+        live = sum((self._bytes(v) for v in self.model.graph.inputs if v in last), start=np.zeros(len(self.meshes)))
+        most = live
+        for index, node in enumerate(nodes):
+            makes = not operator_of(node).is_view
+            live = live + sum((self._bytes(v) for v in node.outputs if makes), start=0.0)
+            most = np.maximum(most, live)
+            gone = {v for v in (*node.inputs, *node.outputs) if v is not None and last.get(v, index) == index}
+            live = live - sum((self._bytes(v) for v in gone if v.const_value is None and _is_made(v)), start=0.0)
+        return most
+
+    @cached_property
+    def _sizes(self) -> FloatArray:
+        return np.array([mesh.size for mesh in self.meshes], np.float64)
+
+    def _count(self, name: str) -> FloatArray:
+        return np.array([mesh.count(name) for mesh in self.meshes], np.float64)
+
+    def _parts(self, value: ir.Value) -> list[FloatArray | float]:
+        """Extents of the largest shard of a value, axis by axis."""
+        if not dialect.has_layout(value):
+            return [float(n) for n in dialect.shape_of(value)]
+        layout = dialect.get_layout(value)
+        return [float(n) if split is None else np.ceil(n / self._count(split.mesh_axis))
+                for n, split in zip(layout.shape, layout.axes, strict=True)]
+
+    def _cells(self, value: ir.Value) -> FloatArray:
+        return np.zeros(len(self.meshes)) + math.prod(self._parts(value), start=np.float64(1.0))
+
+    def _bytes(self, value: ir.Value) -> FloatArray:
+        return self._cells(value) * (0.0 if value.dtype is None else value.dtype.itemsize)
+
+    def _node(self, node: ir.Node) -> FloatArray:
+        ins = [None if v is None else self._cells(v) for v in node.inputs]
+        outs = [self._cells(v) for v in node.outputs]
+        operator = operator_of(node)
+        total = np.zeros(len(self.meshes))
+        for threads, where in self._threads:
+            kernels = self.profile.for_threads(threads)
+            found = kernel_seconds(kernels, operator, [None if i is None else i[where] for i in ins],
+                                   [o[where] for o in outs])
+            total[where] = found + kernels.step
+        return total + self._messages(node)
+
+    @cached_property
+    def _threads(self) -> list[tuple[int | None, NDArray[np.intp]]]:
+        """Threads of a process, and the meshes on which it has them."""
+        if self.threads is not None or self.transport != "gloo":
+            return [(self.threads, np.arange(len(self.meshes)))]
+        cores = self.profile.for_threads().threads
+        each = np.maximum(1, cores // self._sizes.astype(int))
+        return [(int(n), np.flatnonzero(each == n)) for n in np.unique(each)]
+
+    def _messages(self, node: ir.Node) -> FloatArray:
+        """Halos and gathers of what the node reads, and merges of its partial results."""
+        total, reduced = np.zeros(len(self.meshes)), reduction_splits(node)
+        for index, value in enumerate(node.inputs):
+            needs = needs_of(node, 0)[index] if node.outputs else None
+            if value is None or needs is None or value.const_value is not None:
+                continue
+            for axis, split in enumerate(dialect.get_layout(value).axes):
+                if split is not None and axis not in reduced.get(index, {}):
+                    total = total + self._along(value, axis, split.mesh_axis, needs[axis])
+        for name in {split.mesh_axis for splits in reduced.values() for split in splits.values()}:
+            peers = self._count(name) - 1
+            total = total + self._sent(peers * _PARTIAL, peers)
+        return total
+
+    def _along(self, value: ir.Value, axis: int, name: str, need: Need) -> FloatArray:
+        """Messages for one axis of an input."""
+        peers, part = self._count(name) - 1, self._bytes(value)
+        if need.is_whole:
+            return self._sent(peers * part, peers) if not need.map.corresponds else np.zeros(len(self.meshes))
+        halo = need.map.overlap
+        if not halo:
+            return np.zeros(len(self.meshes))
+        sides = np.minimum(peers, 2)
+        return self._sent(halo / 2 * sides * part / self._parts(value)[axis], sides)
+
+    def _sent(self, nbytes: FloatArray, messages: FloatArray) -> FloatArray:
+        return np.where(messages > 0, self.profile.message_seconds(nbytes, messages, self.transport), 0.0)
+
+
+def _is_made(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is None or not operator_of(producer).is_view

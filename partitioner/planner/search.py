@@ -1,0 +1,247 @@
+"""The search: meshes by branch and bound, then for the best of them cuts, replicated layers and deeper halos.
+
+    all meshes ---estimate---> in order ---lay out, forecast---> the best few ---steer---> the chosen one
+                    (one pass)     stops where the estimate is above the best forecast
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.budget import Budget, fit, with_slab_peaks
+from partitioner.compiler import DepthFirst, Steering
+from partitioner.cost import PlanCost, plan_cost
+from partitioner.errors import PartitionError
+from partitioner.layout import Cuts, even_cuts
+from partitioner.mesh import AXIS_NAMES, Mesh
+from partitioner.planner.choice import Choice, Form, Goal, Rejected, Way
+from partitioner.planner.cuts import aligned_cuts, balanced_cuts, extents_of, strides_of
+from partitioner.planner.estimate import Estimates
+from partitioner.planner.explain import seconds_text
+from partitioner.planner.meshes import meshes_of
+from partitioner.planner.replicate import Stretches, seconds_by_node, subsets
+from partitioner.strips import CutPoints, Prices
+from partitioner.timing import plan_time
+from passes.assign_shards import AssignShards
+
+LayOut = Callable[[Form], ir.Model]
+"""Lays a model out in one form."""
+
+Progress = Callable[[int, int, str], None]
+"""(ways looked at, at most, what is looked at)."""
+
+MOST_MESHES = 12
+"""Meshes that are laid out, at most."""
+
+STEERED = 2
+"""How many of the best meshes are steered."""
+
+GAIN = 0.995
+"""A change is made when it takes less than this part of the time before."""
+
+
+@dataclass
+class Search:
+    """One search.
+
+    Args:
+        seeds: the model laid out along every axis that a mesh can split, on one rank each.
+        lay_out: see `LayOut`.
+    """
+
+    goal: Goal
+    seeds: ir.Model
+    lay_out: LayOut
+    progress: Progress | None = None
+    looked: int = 0
+    rejected: list[Rejected] = field(default_factory=list[Rejected])
+
+    def choose(self) -> Choice:
+        """The fastest way within the memory.
+
+        Raises:
+            PartitionError: when no mesh of so many devices keeps to the memory.
+        """
+        extents = extents_of(self.seeds)
+        meshes = self._meshes(extents)
+        found = self._best_meshes(meshes)
+        if not found:
+            raise PartitionError(self._refusal(meshes))
+        if self.goal.steers:
+            steered = [self._steered(way) for way in found[:STEERED]]
+            found = sorted([*(w for some in steered for w in some), *found[STEERED:]], key=lambda way: way.seconds)
+        return Choice(self.goal, found[0], tuple(found[1:]), tuple(self.rejected), len(meshes))
+
+    # --- meshes -------------------------------------------------------------------------------
+
+    def _meshes(self, extents: Mapping[str, int]) -> list[Mesh]:
+        goal = self.goal
+        if goal.mesh is not None:
+            return [goal.mesh]
+        fixed = {name: len(cuts) - 1 for name, cuts in goal.cuts.items()}
+        found = [mesh for mesh in meshes_of(goal.devices, extents, fixed)
+                 if mesh.size == goal.devices or not goal.all_of_them]
+        if not found:
+            asked = ", ".join(f"{name}={count}" for name, count in fixed.items()) or "as many shards as devices"
+            raise PartitionError(f"no mesh of {goal.devices} devices has what is asked for ({asked}); the volume has "
+                                 + ", ".join(f"{name} {n}" for name, n in extents.items()))
+        return found
+
+    def _best_meshes(self, meshes: Sequence[Mesh]) -> list[Way]:
+        """Those that keep to the memory, fastest first, until the rest is estimated to be slower."""
+        goal = self.goal
+        estimates = Estimates(self.seeds, meshes, goal.profile, goal.transport, goal.threads)
+        order = np.argsort(estimates.seconds, kind="stable")
+        found: list[Way] = []
+        for place, index in enumerate(order):
+            mesh, least = meshes[index], float(estimates.seconds[index])
+            if found and (least > found[0].seconds or len(found) >= MOST_MESHES):
+                self.rejected += [Rejected(meshes[i], f"estimated to take {seconds_text(seconds)} or more")
+                                  for i, seconds in zip(order[place:], estimates.seconds[order[place:]].tolist(),
+                                                        strict=True)]
+                break
+            self._tell(f"mesh {mesh}")
+            way = self._way(Form(mesh, self._cuts_for(mesh), Steering(goal.pinned)))
+            if way is not None:
+                found = sorted([*found, way], key=lambda w: w.seconds)
+        return found
+
+    def _cuts_for(self, mesh: Mesh) -> dict[str, Cuts]:
+        return {name: cuts for name, cuts in self.goal.cuts.items() if mesh.count(name) > 1}
+
+    def _tell(self, what: str) -> None:
+        self.looked += 1
+        if self.progress is not None:
+            self.progress(self.looked, max(self.looked, MOST_MESHES), what)
+
+    # --- one way ------------------------------------------------------------------------------
+
+    def _way(self, form: Form, what: str = "") -> Way | None:
+        """A way in whole-shard steps, or slab by slab where the memory asks for it; None where neither does."""
+        try:
+            found = self._laid_out(form, self.lay_out(form), what)
+            memory = self.goal.memory
+            if memory is None or found.needed <= memory:
+                return found
+            return self._laid_out(form, self._slabs(form, memory), what)
+        except PartitionError as error:
+            self.rejected.append(Rejected(form.mesh, str(error).splitlines()[0]))
+            return None
+
+    def _slabs(self, form: Form, memory: int) -> ir.Model:
+        def lay_out(order: DepthFirst | None) -> ir.Model:
+            return self.lay_out(replace(form, order=order))
+
+        names = extents_of(self.seeds)
+        free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if n in names and form.mesh.count(n) == 1]
+        together = form.mesh.size == 1
+        return fit(lay_out, free, Budget(memory, None, arrays=False, together=together, held=self.goal.held))
+
+    def _laid_out(self, form: Form, model: ir.Model, what: str) -> Way:
+        goal = self.goal
+        cost = with_slab_peaks(model, plan_cost(model))
+        time = plan_time(model, cost, goal.profile, goal.transport, goal.threads)
+        return Way(form, model, cost, time, _needed(cost, goal), what)
+
+    # --- steering -----------------------------------------------------------------------------
+
+    def _steered(self, way: Way) -> list[Way]:
+        """A way and what it becomes by one change after the other, each kept when it gains."""
+        found = [way]
+        for change in (self._with_other_cuts, self._with_replicated_layers, self._with_deeper_halos):
+            best = found[0]
+            if best.form.mesh.size == 1 or dialect.get_schedule(best.model) is not None:
+                break
+            for other in change(best):
+                better = other.seconds < GAIN * best.seconds and (
+                    self.goal.memory is None or other.needed <= self.goal.memory)
+                found = [other, *found] if better and other.seconds < found[0].seconds else [*found, other]
+        return found
+
+    def _changed(self, way: Way, form: Form, what: str) -> Iterator[Way]:
+        self._tell(f"mesh {form.mesh}, {what}")
+        try:
+            yield self._laid_out(form, self.lay_out(form), "; ".join(filter(None, (way.what, what))))
+        except PartitionError as error:
+            self.rejected.append(Rejected(form.mesh, f"{what}: {str(error).splitlines()[0]}"))
+
+    def _with_other_cuts(self, way: Way) -> Iterator[Way]:
+        extents, strides = extents_of(self.seeds), strides_of(self.seeds)
+        mesh = way.form.mesh
+        given = self._cuts_for(mesh)
+        aligned = {**aligned_cuts(mesh, extents, strides), **given}
+        if aligned != given:
+            yield from self._changed(way, replace(way.form, cuts=aligned), "cuts at multiples of the strides")
+        now = {name: way.form.cuts.get(name, even_cuts(extents[name], count)) for name, count in mesh.axes}
+        balanced = {**balanced_cuts(way.time, now, strides), **given}
+        if balanced not in (given, aligned):
+            yield from self._changed(way, replace(way.form, cuts=balanced), "cuts that balance the time")
+
+    def _with_replicated_layers(self, way: Way) -> Iterator[Way]:
+        mesh, goal = way.form.mesh, self.goal
+        nodes = list(self.seeds.graph)
+        threads = goal.threads if goal.threads is not None or goal.transport != "gloo" else max(
+            1, goal.profile.for_threads().threads // mesh.size)
+        replicated = {}
+        for axes in subsets(mesh):
+            rest = Mesh(tuple((name, count) for name, count in mesh.axes if name not in axes))
+            cuts = {name: c for name, c in way.form.cuts.items() if name not in axes}
+            self._tell(f"mesh {rest}")
+            model = self.lay_out(Form(rest, cuts))
+            time = plan_time(model, plan_cost(model), goal.profile, goal.transport, threads)
+            replicated[axes] = seconds_by_node(time, nodes)
+        layouts = {str(v.name): dialect.get_layout(v) for n in way.model.graph for v in n.outputs}
+        pinned = Stretches(nodes, mesh, layouts, seconds_by_node(way.time, nodes), replicated, self._sent).choose()
+        pinned = {**pinned, **goal.pinned}
+        if pinned != goal.pinned:
+            steering = replace(way.form.steering, pinned=pinned)
+            yield from self._changed(way, replace(way.form, steering=steering),
+                                     f"{len(pinned)} small layers on all ranks")
+
+    def _sent(self, nbytes: float, messages: int) -> float:
+        return float(self.goal.profile.message_seconds(nbytes, messages, self.goal.transport))
+
+    def _with_deeper_halos(self, way: Way) -> Iterator[Way]:
+        mesh = way.form.mesh
+        names = [name for name, count in mesh.axes if count > 1]
+        points = CutPoints(way.model, names)
+        halos = [s for s in way.cost.steps if dialect.is_exchange(s.node) and s.node.op_type == dialect.HALO_EXCHANGE]
+        flops = float(way.cost.flops.sum())
+        if not halos or not flops:
+            return
+        exchange = float(np.mean([self._sent(float(s.sent.max()), int(s.messages.max())) for s in halos]))
+        operation = float(way.time.compute.sum()) / flops / mesh.size
+        seen: set[frozenset[str]] = set()
+        for times in (1.0, 4.0):
+            values = points.choose(Prices(operation, 0.0, times * exchange))
+            if values and values not in seen:
+                seen.add(values)
+                steering = replace(way.form.steering, deepened=values)
+                yield from self._changed(way, replace(way.form, steering=steering),
+                                         f"{len(values)} values with deeper halos")
+
+    # --- refusal ------------------------------------------------------------------------------
+
+    def _refusal(self, meshes: Sequence[Mesh]) -> str:
+        goal = self.goal
+        reasons = list(dict.fromkeys(item.reason for item in self.rejected))
+        if len(meshes) == 1:
+            return f"mesh {meshes[0]}: {reasons[0]}"
+        return (f"none of the {len(meshes)} meshes of up to {goal.devices} devices does: " + "; ".join(
+            f"{item.mesh}: {item.reason}" for item in self.rejected[:3]) + "; give more devices or more memory")
+
+
+def laid_out_everywhere(model: ir.Model) -> ir.Model:
+    """A copy of a prepared model that is laid out along every axis that a mesh can split, on one rank each."""
+    found = model.clone()
+    AssignShards(Mesh(()), {}, tuple(extents_of(found))).apply(found)
+    return found
+
+
+def _needed(cost: PlanCost, goal: Goal) -> int:
+    return int(cost.peak.max(initial=0)) + cost.weight_bytes + goal.held

@@ -1,0 +1,214 @@
+"""From a model and what a user asks for to a plan: compiled as asked, or searched for by the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.axes import named_axes
+from partitioner.compiler import DepthFirst, Shapes, Steering, compile_plan, prepare
+from partitioner.errors import PartitionError, refuse_all
+from partitioner.guards import MeshLike, parse_mesh, source_problems
+from partitioner.layout import Cuts
+from partitioner.loader import fault_of
+from partitioner.mesh import AXIS_NAMES, LARGEST
+from partitioner.profile import Profile
+from partitioner.shapes import with_nearest_shapes
+
+if TYPE_CHECKING:
+    from partitioner.budget import Budget
+    from partitioner.planner.choice import Choice
+    from partitioner.planner.search import Progress
+
+GPUS_OF_A_NODE = 8
+"""More ranks than these reach one another over the network."""
+
+GPU_HELD = 768 * 2**20
+"""Bytes that a GPU's context and libraries take, about."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a model is to be partitioned.
+
+    Args:
+        mesh: in any form that a user may give; one rank when not given.
+        shapes: extents per input.
+        cuts: by mesh axis.
+        strict: refuse operators without a sharded rule.
+        budget: what a process may hold.
+        steering: what is decided beside mesh and cuts.
+    """
+
+    mesh: MeshLike = None
+    shapes: Shapes = field(default_factory=dict[str, Sequence[int]])
+    cuts: Mapping[str, Cuts] = field(default_factory=dict[str, Cuts])
+    strict: bool = False
+    budget: Budget | None = None
+    steering: Steering = field(default_factory=Steering)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the planner is to choose a mesh for.
+
+    Args:
+        count: devices; a plan may use fewer.
+        profile: what each can do; that of this machine when not given.
+        transport: how messages travel; when not given what suits the profile.
+        memory: bytes of each.
+        steers: whether cuts, replicated layers and deeper halos are searched for too.
+        all_of_them: whether the plan has to use every one.
+    """
+
+    count: int
+    profile: Profile | None = None
+    transport: str | None = None
+    memory: int | None = None
+    steers: bool = True
+    all_of_them: bool = False
+
+
+def devices_of(count: int, profile: Profile | str | Path | None = None, transport: str | None = None,
+               memory: str | int | None = None, host_memory: str | int | None = None) -> Devices:
+    """Devices as a user describes them.
+
+    Raises:
+        PartitionError: for a profile that cannot be read, or no amount of memory.
+    """
+    from partitioner.budget import parse_bytes
+
+    if host_memory is not None:
+        raise PartitionError("host_memory is for one process under a budget; leave it out with devices")
+    found = profile if profile is None or isinstance(profile, Profile) else Profile.find(profile)
+    return Devices(count, found, transport, None if memory is None else parse_bytes(memory))
+
+
+def compile_request(source: ir.Model, request: Request, dump_dir: Path | None = None) -> ir.Model:
+    """The plan of a model, as asked.
+
+    Raises:
+        PartitionError: when the model cannot be kept exact so, or the budget cannot be kept; every reason is listed.
+    """
+    refuse_all(source_problems(source))
+    mesh = parse_mesh(request.mesh, source)
+    with _Faults(source), with_nearest_shapes(source, request.shapes):
+        def lay_out(order: DepthFirst | None) -> ir.Model:
+            return compile_plan(source, mesh, request.shapes, request.cuts, dump_dir, request.strict, order=order,
+                                steering=request.steering)
+
+        if request.budget is None:
+            return lay_out(None)
+        from partitioner.budget import fit
+
+        free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if mesh.count(n) == 1
+                and any(n in axes for axes in named_axes(source).values())]
+        return fit(lay_out, free, request.budget)
+
+
+def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: Path | None = None,
+                progress: Progress | None = None) -> tuple[ir.Model, Request, Choice]:
+    """The plan that the planner chooses, as what request it can be compiled again, and the choice.
+
+    What the request decides (mesh, cuts, pinned nodes) stays as it is.
+
+    Raises:
+        PartitionError: when no mesh of so many devices does, or as `compile_request`.
+    """
+    from partitioner.planner.choice import Form, Goal
+    from partitioner.planner.search import Search, laid_out_everywhere
+
+    refuse_all([*source_problems(source), *_device_problems(devices)])
+    given = None if request.mesh is None or request.mesh == "" else parse_mesh(request.mesh, source)
+    if given is not None and given.size > devices.count:
+        raise PartitionError(f"mesh {given} has {given.size} ranks, more than the {devices.count} devices; give more "
+                             "devices, or a smaller mesh")
+    profile = Profile.find(None) if devices.profile is None else devices.profile
+    transport = devices.transport or usual_transport(profile, devices.count)
+    profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know
+    goal = Goal(devices.count, profile, transport, None, devices.memory, held_on(profile), given, request.cuts,
+                request.steering.pinned, devices.steers, devices.all_of_them)
+    with _Faults(source), with_nearest_shapes(source, request.shapes):
+        prepared = prepare(source, request.shapes, request.strict)
+
+        def lay_out(form: Form) -> ir.Model:
+            return prepared.lay_out(form.mesh, form.cuts, form.order, form.steering)
+
+        choice = Search(goal, laid_out_everywhere(prepared.model), lay_out, progress).choose()
+        form = choice.chosen.form
+        if dump_dir is not None:
+            schedule = dialect.get_schedule(choice.chosen.model)
+            compile_plan(source, form.mesh, request.shapes, form.cuts, dump_dir, request.strict,
+                         order=None if schedule is None else DepthFirst(schedule.axis), steering=form.steering)
+    budget = request.budget if dialect.get_schedule(choice.chosen.model) is not None else None
+    return choice.chosen.model, replace(request, mesh=form.mesh, cuts=form.cuts, steering=form.steering,
+                                        budget=budget), choice
+
+
+def usual_transport(profile: Profile, devices: int) -> str:
+    """How messages travel between so many devices: in the machine, or over its network where that is known."""
+    if devices == 1:
+        return "lockstep"
+    if devices > GPUS_OF_A_NODE and "network" in profile.links:
+        return "network"
+    return "nccl" if profile.device != "cpu" and "nccl" in profile.links else "gloo"
+
+
+def held_on(profile: Profile) -> int:
+    """Bytes that a process and its libraries hold on a device."""
+    if profile.device != "cpu":
+        return GPU_HELD
+    from partitioner.budget import held_now
+
+    return held_now()
+
+
+def _device_problems(devices: Devices) -> list[str]:
+    count = devices.count
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST:  # pyright: ignore
+        return [f"devices={count!r}: give a whole number from 1 to {LARGEST}"]
+    return []
+
+
+def pinned_axes(given: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+    """Nodes that a user pins, each with the mesh axes along which all ranks compute it.
+
+    Args:
+        given: by node `"replicated"` for all axes, or the names of some.
+
+    Raises:
+        PartitionError: for other words.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for node, words in (given or {}).items():
+        names = [w.strip() for w in words.split(",")] if isinstance(words, str) else list(words)
+        unknown = [n for n in names if n not in AXIS_NAMES and n != "replicated"]
+        if unknown or not names:
+            raise PartitionError(f"pin {node}={words}: '{', '.join(unknown)}' is not understood; write replicated for "
+                                 f"all axes of the mesh, or some of {', '.join(AXIS_NAMES)}")
+        found[node] = AXIS_NAMES if "replicated" in names else tuple(names)
+    return found
+
+
+class _Faults:
+    """Tells what is wrong with a damaged model where a pass stumbles over it."""
+
+    def __init__(self, source: ir.Model) -> None:
+        self._source = source
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, PartitionError) or not isinstance(error, Exception):
+            return
+        fault = fault_of(self._source)  # looked for only now, for the checker refuses much that runs
+        if fault is not None:
+            raise PartitionError(f"the model is damaged ({fault}); export it again") from None
+
+
