@@ -241,6 +241,26 @@ class Reduction:
         return (*((axis,) for axis in self.axes), *self.contracted)
 
 
+@dataclass(frozen=True)
+class Backward:
+    """What the gradient of one call needs, from the call until it has been computed.
+
+    Args:
+        inputs, outputs: tensors that are kept as they are.
+        beside: bytes of other tensors that are kept.
+        workspace: bytes taken while it is computed, beside the gradients themselves.
+        hands_on: whether the inputs' gradients are that of output 0, or parts of it, in its memory.
+        shares: whether output 0 lies in the memory of input 0 when nobody gives it memory.
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    beside: float = 0.0
+    workspace: float = 0.0
+    hands_on: bool = False
+    shares: bool = False
+
+
 class Decomposer(Protocol):
     """Writes the nodes into which a reduction is split."""
 
@@ -352,6 +372,10 @@ class Operator(ABC):
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
         """Bytes that the kernel allocates beside its outputs, given elements per input and output."""
         return 0
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        """What the gradient of a call needs, given elements per input and output; by default nothing of the call."""
+        return Backward(shares=self.is_view, hands_on=self.is_view)
 
     def flops(self, out: float) -> float:
         """Floating-point operations for `out` elements of output 0."""

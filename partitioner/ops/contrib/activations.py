@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from partitioner.ops.base import Call, Example, Needs, NodeView, Operator, Unsupported, aligned
+from partitioner.ops.base import Backward, Call, Example, Needs, NodeView, Operator, Unsupported, aligned
 from partitioner.ops.kernels.gelu import gelu
 from partitioner.ops.registry import register
 
@@ -56,6 +56,13 @@ class ContribGelu(Operator):
     def needs(self, output: int = 0) -> Needs:
         out = self.outputs[0].shape
         return tuple(None if t is None else aligned(t.shape, out) for t in self.inputs)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        word = self.outputs[0].itemsize * outs[0]
+        beside = word if self.op_type == "QuickGelu" else 0.0
+        if len(self.inputs) > 1:
+            return Backward(beside=beside + word)
+        return Backward(inputs=(0,), beside=beside)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, bias = call.tensor(0), call.optional(1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from partitioner.geometry import Box
-from partitioner.ops.base import Call, Example, Needs, NodeView, Operator, TensorType, Unsupported
+from partitioner.ops.base import Backward, Call, Example, Needs, NodeView, Operator, TensorType, Unsupported
 from partitioner.ops.registry import register
 from partitioner.ops.standard.dense import MatMul
 
@@ -58,6 +58,9 @@ class FusedMatMul(Operator):
     def needs(self, output: int = 0) -> Needs:
         return tuple(None if need is None else _swapped(need, flip)
                      for need, flip in zip(self.plain.needs(output), self.flips, strict=True))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return self.plain.backward(ins, outs)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         tensors = [call.tensor(i).transpose(-1, -2) if flip else call.tensor(i) for i, flip in enumerate(self.flips)]

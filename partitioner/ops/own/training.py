@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -13,6 +14,7 @@ from partitioner.dialect import DOMAIN
 from partitioner.geometry import Box, Interval
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Need,
@@ -87,6 +89,9 @@ class TrainingBatchNormalization(Operator):
         flat = write.constant(np.asarray([data.shape[1]], np.int64))
         return (y, *(write.op("Reshape", [v, flat])[0] for v in (mean, variance)))
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,), workspace=self.outputs[0].itemsize * outs[0])
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
         kept = torch_dtype(wide_type(self.outputs[0].dtype))
@@ -125,6 +130,12 @@ class TrainingDropout(Operator):
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
         return (aligned(shape, shape), ())
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        if self.ratio <= 0:
+            return Backward(shares=True, hands_on=True)
+        mask = outs[0] / math.prod(self.outputs[0].shape[2:]) if self.channels else outs[0]
+        return Backward(beside=mask, workspace=self.outputs[0].itemsize * mask)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         from partitioner.ops.kernels.gradients import drop

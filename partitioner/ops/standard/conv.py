@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Example,
     Need,
@@ -95,6 +96,9 @@ class Conv(Operator):
     def explicit(self) -> Mapping[str, tuple[int, ...]]:
         return explicit_pads(self.windows)
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0, 1))
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True)]
@@ -178,6 +182,9 @@ class ConvTranspose(Operator):
             return None  # output_padding may not be that large
         pads = (*(w.lo for w in self.windows), *(max(0, end) for end in ends))
         return {"pads": pads, "output_padding": tuple(max(0, -end) for end in ends)}
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0, 1))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from partitioner.geometry import Box
 from partitioner.maps import Prefix, Suffix, identity
-from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, Unsupported
+from partitioner.ops.base import Backward, Call, Example, Need, Needs, NodeView, Operator, Unsupported
 from partitioner.ops.registry import register
 
 if TYPE_CHECKING:
@@ -66,6 +66,17 @@ class Cumulative(Operator):
         shape = self.outputs[0].shape
         along = (Suffix if self.reverse else Prefix)(shape[self.axis], shape[self.axis])
         return (tuple(Need(a, along if a == self.axis else identity(n)) for a, n in enumerate(shape)), None)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        """A product keeps what it multiplies and its result, turned round or shifted where its own is."""
+        if not self.multiplies:
+            return Backward()
+        word = self.outputs[0].itemsize
+        if self.reverse:
+            return Backward(beside=2 * word * ins[0])
+        if self.exclusive:
+            return Backward(inputs=(0,), beside=word * ins[0])
+        return Backward(inputs=(0,), outputs=(0,))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from partitioner.geometry import Box
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -110,6 +111,9 @@ class Gemm(Operator):
             (bias,) = write.op("Mul", [bias, write.constant(np.asarray(self.beta, dtype))])
         return write.op("Add", [result, bias])[0]
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0, 1))
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         a, b, c = call.tensor(0), call.tensor(1), call.optional(2)
         with one_thread(a):
@@ -180,6 +184,14 @@ class MatMul(Operator):
     def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
         return _partial_sum(write, "MatMul", inputs, {})
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        a, b = self.inputs
+        assert a is not None and b is not None
+        lead = self.outputs[0].shape[: max(a.rank, b.rank) - 2]
+        repeats = [math.prod(lead) / math.prod(t.shape[:-2]) if min(a.rank, b.rank) > 2 else 1 for t in (a, b)]
+        beside = sum(self.outputs[0].itemsize * n * count for n, count in zip(ins, repeats, strict=True) if count > 1)
+        return Backward(inputs=tuple(i for i, count in enumerate(repeats) if count <= 1), beside=beside)
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         with one_thread(call.tensor(0)):
             return (torch.matmul(call.tensor(0), call.tensor(1)),)
@@ -242,6 +254,12 @@ class Einsum(Operator):
 
     def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
         return _partial_sum(write, "Einsum", inputs, {"equation": str(self.equation)})
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        if len(self.inputs) < 2:
+            return Backward()
+        between = self.outputs[0].itemsize * max(ins) if len(ins) > 2 else 0.0
+        return Backward(inputs=tuple(range(len(self.inputs))), beside=between)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         tensors = [call.tensor(i) for i in range(len(self.inputs))]

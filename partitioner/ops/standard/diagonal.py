@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from partitioner.geometry import Box, Interval
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Example,
     Need,
@@ -72,6 +74,9 @@ class Trilu(Operator):
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
         return (aligned(shape, shape), *(None for _ in self.inputs[1:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(beside=math.prod(self.outputs[0].shape[-2:]))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
@@ -164,6 +169,9 @@ class OneHot(Operator):
         own = tuple(Need(a + (a >= self.axis), identity(n)) for a, n in enumerate(indices.shape))
         return (own, None, whole((2,)))
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(beside=outs[0])
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         index, (off, on) = call.tensor(0).to(torch.int64), call.tensor(2).unbind()
         index = torch.where(index < 0, index + self.depth, index).unsqueeze(self.axis)
@@ -206,6 +214,9 @@ class ReverseSequence(Operator):
         shape = self.outputs[0].shape
         data = tuple(statistics(a, n) if a == self.time else Need(a, identity(n)) for a, n in enumerate(shape))
         return (data, (Need(self.batch, identity(shape[self.batch])),))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,), beside=8 * outs[0] / max(1, math.prod(self.outputs[0].shape[2:])))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, lens = call.tensor(0), call.tensor(1).reshape(1, -1)

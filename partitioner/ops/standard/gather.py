@@ -12,7 +12,18 @@ import onnx_ir as ir
 
 from partitioner.geometry import Box, Pieces
 from partitioner.maps import Shift, Taps, Whole, identity
-from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
+from partitioner.ops.base import (
+    Array,
+    Backward,
+    Call,
+    Example,
+    Need,
+    Needs,
+    NodeView,
+    Operator,
+    TensorType,
+    Unsupported,
+)
 from partitioner.ops.kernels.unsigned import moved
 from partitioner.ops.registry import register
 from partitioner.ops.standard.resize import local_positions
@@ -205,6 +216,9 @@ class GatherElements(Operator):
         wanted = out.intervals()[self.axis]
         return _places(box.axes[self.axis])[np.asarray(self.cells, np.int64)[wanted.start : wanted.stop]]
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,), beside=8 * outs[0]) if self.cells is None else Backward()
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
         if self.cells is not None:
@@ -325,6 +339,9 @@ class GatherND(Operator):
         for cells, held in zip(self.cells or (), box.axes[self.batch :], strict=False):
             columns.append(_places(held)[np.asarray(cells, np.int64).reshape(index[:-1])[part]])
         return np.stack(columns, -1)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, depth = call.tensor(0), self._parts[1][-1]

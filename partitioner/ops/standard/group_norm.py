@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -28,7 +29,7 @@ from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.decomposing import merged_moments, number, type_of, wide_type
 from partitioner.ops.kernels.moments import affine, group_moments, moments, scale_and_shift
 from partitioner.ops.registry import register
-from partitioner.ops.standard.norm import normalize, per_channel
+from partitioner.ops.standard.norm import is_centred, normalize, per_channel
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +123,10 @@ class GroupNormalization(Operator):
         (column,) = write.op("Reshape", [vector, write.constant(np.asarray([self.groups, 1], np.int64))])
         (table,) = write.op("Add", [column, write.constant(np.zeros((1, each), type_of(vector).numpy()))])
         return write.op("Reshape", [table, write.constant(np.asarray([channels], np.int64))])[0]
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        word = self.outputs[0].itemsize * outs[0]
+        return Backward(inputs=(0,), beside=word if is_centred(self.outputs[0].shape) else 0.0, workspace=word)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)

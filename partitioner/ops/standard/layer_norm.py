@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -159,6 +160,9 @@ class LayerNormalization(_Normalization):
         statistics_ = [cast(write, v, self.stash) for v in (mean, inverse)[: len(self.outputs) - 1]]
         return (self._scaled(write, result, inputs), *statistics_)
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0, 1), beside=2 * self.kept.itemsize * outs[0])
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0).to(torch_dtype(self.kept))
         count, mean, m2 = moments(x, self.axes)
@@ -199,6 +203,9 @@ class RMSNormalization(_Normalization):
         (shifted,) = write.op("Add", [mean, number(write, self.epsilon, self.kept)])
         (result,) = write.op("Div", [x, *write.op("Sqrt", [shifted])])
         return self._scaled(write, result, inputs)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0, 1), beside=self.kept.itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0).to(torch_dtype(self.kept))
@@ -241,6 +248,9 @@ class MeanVarianceNormalization(_Normalization):
         (shifted,) = write.op("Add", [deviation, number(write, self.epsilon, type_of(mean))])
         (result,) = write.op("Div", [write.op("Sub", [x, mean])[0], shifted])
         return cast(write, result, self.outputs[0].dtype)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,), beside=self.kept.itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0).to(torch_dtype(self.kept))

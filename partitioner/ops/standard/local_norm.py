@@ -12,6 +12,7 @@ import onnx_ir as ir
 from partitioner.geometry import Box
 from partitioner.maps import Window, identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -74,6 +75,10 @@ class LRN(Operator):
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
         return (tuple(Need(a, self.window if a == 1 else identity(n)) for a, n in enumerate(shape)),)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        between = 3 if self.beta == 0.75 else 2  # a power of quarters is a chain of roots
+        return Backward(inputs=(0,), beside=between * self.outputs[0].itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, held, out = call.tensor(0), call.box(0).intervals()[1], call.outs[0].intervals()[1]
@@ -152,6 +157,9 @@ class LpNormalization(Operator):
         kept = np.dtype(np.float32) if write.opset < 11 else wide_type(dtype).numpy()
         (result,) = write.op("Div", [x, clip(write, norm, float(np.finfo(kept).smallest_subnormal))])
         return cast(write, result, dtype)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from partitioner.geometry import Box
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -83,6 +84,14 @@ class LpPool(Pool):
                              pooling=True)
         shape = (*data.shape[:2], *(w.n_out for w in windows))
         return cls(view.inputs, (TensorType(shape, data.dtype),), windows, ends, _read_p(view))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        word = self.outputs[0].itemsize
+        if self.p == 1:
+            return Backward(inputs=(0,))
+        if self.p == 2:
+            return Backward(inputs=(0,), outputs=(0,), beside=word * ins[0])
+        return Backward(inputs=(0,), beside=word * (ins[0] + outs[0]))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
@@ -166,6 +175,10 @@ class GlobalLpPool(Operator):
         (powers,) = write.op("Pow", [*write.op("Abs", [x]), number(write, self.p, wide)])
         (root,) = write.op("Pow", [merged_sum(write, "ReduceSum", powers, axes), number(write, 1 / self.p, wide)])
         return cast(write, root, dtype)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        word = self.outputs[0].itemsize
+        return Backward(inputs=(0,), outputs=(0,) if self.p == 2 else (), beside=0.0 if self.p == 1 else word * ins[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)

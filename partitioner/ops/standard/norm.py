@@ -14,6 +14,7 @@ from partitioner.dialect import DOMAIN
 from partitioner.geometry import Box
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -51,6 +52,11 @@ def per_channel(vector: torch.Tensor, rank: int) -> torch.Tensor:
     return vector.reshape(1, -1, *(1,) * (rank - 2))
 
 
+def is_centred(shape: Sequence[int]) -> bool:
+    """Whether statistics over the last axis of a batch's signals keep the deviations from the mean."""
+    return len(shape) == 3 and shape[0] > 1
+
+
 @register
 @dataclass(frozen=True)
 class BatchNormalization(Operator):
@@ -83,6 +89,9 @@ class BatchNormalization(Operator):
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
         return (aligned(shape, shape), *(_per_channel(shape) for _ in self.inputs[1:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,), workspace=self.outputs[0].itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
@@ -133,6 +142,10 @@ class InstanceNormalization(Operator):
         (data,) = self.outputs
         merged = merged_moments(write, x, data.shape, self.reduction.axes, wide_type(data.dtype))
         return normalize(write, [x, *merged, scale, bias], self.epsilon)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        word = self.outputs[0].itemsize * outs[0]
+        return Backward(inputs=(0,), beside=word if is_centred(self.outputs[0].shape) else 0.0, workspace=word)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)
@@ -188,6 +201,11 @@ class LocalMoments(Operator):
     def reduction(self) -> Reduction:
         return Reduction(self.axes)
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        data = self.inputs[0]
+        assert data is not None
+        return Backward(inputs=(0,))
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, out = call.tensor(0).to(torch_dtype(self.outputs[1].dtype)), call.outs[1]
         if not out:  # no case or channel of its own: nothing to count
@@ -232,6 +250,9 @@ class Normalize(Operator):
         assert count and mean and m2
         return (aligned(shape, shape), whole(count.shape), aligned(mean.shape, shape),
                 aligned(m2.shape, shape), _per_channel(shape), _per_channel(shape))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0,), workspace=self.outputs[0].itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, count, mean, m2 = (call.tensor(i) for i in range(4))

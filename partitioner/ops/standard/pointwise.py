@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from partitioner.geometry import Box
 from partitioner.ops.base import (
+    Backward,
     Call,
     Example,
     Needs,
@@ -311,6 +312,11 @@ class Pointwise(Operator):
     def writes_into(self) -> bool:
         return self.op_type in INTO and self.outputs[0].dtype.is_floating_point()
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        from partitioner.ops.standard.pointwise_backward import pointwise_backward
+
+        return pointwise_backward(self.op_type, self.inputs, self.outputs[0], ins, outs[0])
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         attributes = dict(self.attributes)
         if call.into is not None:
@@ -382,6 +388,11 @@ class Cast(Operator):
     def needs(self, output: int = 0) -> Needs:
         shape = self.outputs[0].shape
         return (aligned(shape, shape), *(None for _ in self.inputs[1:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        source = self.inputs[0]
+        same = source is not None and source.dtype == self.outputs[0].dtype
+        return Backward(shares=same, hands_on=same)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         return (call.tensor(0).to(torch_dtype(self.outputs[0].dtype)),)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from partitioner.geometry import Box, Interval
 from partitioner.maps import Window, identity
-from partitioner.ops.base import Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
+from partitioner.ops.base import Backward, Call, Example, Need, Needs, NodeView, Operator, TensorType, Unsupported
 from partitioner.ops.kernels.windows import (
     crop_outputs,
     explicit_pads,
@@ -129,6 +129,13 @@ class MaxPool(Pool):
         if len(view.used_outputs) > 1 and view.used_outputs[1]:
             outputs = (*outputs, TensorType(outputs[0].shape, ir.DataType.INT64))
         return cls(view.inputs, outputs, windows, ends, bool(view.int("storage_order", 0)))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        """Torch keeps 64-bit indices whether they are asked for or not."""
+        if len(self.outputs) == 1:
+            return Backward(inputs=(0,), beside=8 * outs[0])
+        padded = math.prod((w.n_in + w.lo + needed_end(w)) / w.n_in for w in self.windows)
+        return Backward(beside=8 * outs[0] + self.outputs[0].itemsize * padded * ins[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         data = call.tensor(0)
@@ -263,6 +270,9 @@ class AveragePool(Pool):
     def explicit(self) -> Mapping[str, tuple[int, ...]] | None:
         surplus = any(needed_end(w) > end for w, end in zip(self.windows, self.ends, strict=True))
         return None if self.include_pad and surplus else super().explicit
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=() if any(w.dilation > 1 for w in self.windows) else (0,))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]

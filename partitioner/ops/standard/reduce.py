@@ -13,6 +13,7 @@ import onnx_ir as ir
 from partitioner.geometry import Box
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -162,6 +163,15 @@ class Reduce(Operator):
             return result
         return squeezed(write, result, self.axes)
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        kept = _KEPT.get(self.kind, ((), ()))
+        if not self.axes and self.kind in ("ReduceSum", "ReduceProd", "ReduceMax", "ReduceMin"):
+            return Backward(shares=True, hands_on=True)
+        if not self.axes:
+            kept = _KEPT_OF_NO_AXES.get(self.kind, kept)
+        powers = self.outputs[0].itemsize * ins[0] if self.kind == "ReduceLogSumExp" else 0.0
+        return Backward(*kept, beside=powers)
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         dtype = self.outputs[0].dtype
         result = reduced(self.kind, call.tensor(0).to(torch_dtype(wide_type(dtype))), self.axes, self.keepdims)
@@ -186,6 +196,16 @@ def _read_axes(view: NodeView, rank: int) -> tuple[int, ...]:
     if any(not -rank <= a < rank for a in given):
         raise Unsupported(f"axes {list(given)} on a tensor of {rank} axes; correct the file")
     return tuple(sorted({a % rank for a in given}))
+
+
+_KEPT: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    **dict.fromkeys(("ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd"), ((0,), (0,))),
+    **dict.fromkeys(("ReduceL1", "ReduceSumSquare", "ReduceLogSumExp"), ((0,), ())),
+}
+"""Inputs and outputs that autograd keeps; nothing large for the others."""
+
+_KEPT_OF_NO_AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "ReduceLogSum": ((0,), ()), "ReduceLogSumExp": ((), ())}
 
 
 # --- kernels -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from partitioner.geometry import Box
 from partitioner.maps import AxisMap, Flat, identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Example,
     Need,
@@ -83,6 +84,13 @@ class Reshape(Operator):
             if group.source is not None and group.target is not None:
                 needs[group.source] = Need(group.target, group.map)
         return (tuple(needs), *(None for _ in self.inputs[1:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        """With channels last, the cells of images and volumes are copied into order."""
+        source = self.inputs[0]
+        assert source is not None
+        shares = source.rank not in (4, 5) or source.shape[1] == 1
+        return Backward(shares=shares, hands_on=shares)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, out = call.box(0), call.outs[0]

@@ -16,6 +16,7 @@ from partitioner.geometry import Box, Interval, Pieces
 from partitioner.maps import identity
 from partitioner.ops.base import (
     Array,
+    Backward,
     Call,
     Example,
     Need,
@@ -108,6 +109,9 @@ class Resize(Operator):
         shape = self.outputs[0].shape
         own = tuple(Need(a, identity(shape[a]) if axis is None else axis.map) for a, axis in enumerate(self.axes))
         return (own, *(None for _ in self.inputs[1:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(workspace=self.outputs[0].itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         result = call.tensor(0)

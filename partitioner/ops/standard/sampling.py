@@ -12,6 +12,7 @@ import onnx_ir as ir
 from partitioner.geometry import Box
 from partitioner.maps import Whole, identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Example,
     Need,
@@ -85,6 +86,9 @@ class GridSample(Operator):
         places = tuple(Need(a + 1 if a else 0, identity(n)) for a, n in enumerate(grid.shape[:-1]))
         return ((*channels, *(Need(None, Whole(n, 1)) for n in data.shape[2:])),
                 (*places, Need(None, Whole(grid.shape[-1], 1))))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(inputs=(0, 1))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, grid = call.tensor(0), call.tensor(1)

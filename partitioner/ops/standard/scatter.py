@@ -13,7 +13,18 @@ import onnx_ir as ir
 
 from partitioner.geometry import Box
 from partitioner.maps import AxisMap, Shift, Taps, Whole, identity
-from partitioner.ops.base import Array, Call, Example, Need, Needs, NodeView, Operator, Unsupported, statistics
+from partitioner.ops.base import (
+    Array,
+    Backward,
+    Call,
+    Example,
+    Need,
+    Needs,
+    NodeView,
+    Operator,
+    Unsupported,
+    statistics,
+)
 from partitioner.ops.kernels.unsigned import moved
 from partitioner.ops.registry import register
 from partitioner.ops.standard.gather import flat_index, from_front
@@ -106,6 +117,11 @@ class ScatterElements(Operator):
                     for a, n in enumerate(index.shape))
         return (own, put, put)
 
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        if self.reduce == "none":
+            return Backward(beside=8 * ins[1])
+        return Backward(inputs=(0, 2), outputs=(0,), beside=8 * ins[1])
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, wanted = call.tensor(0), call.outs[0].intervals()[self.axis]
         index = from_front(call.tensor(1), x.shape[self.axis])
@@ -185,6 +201,11 @@ class ScatterND(Operator):
         spans = out.intervals()[: self.depth]
         return [[c - i.start for c in cells if i.start <= c < i.stop]
                 for cells, i in zip(self.grid, spans, strict=True)]
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        if self.reduce == "none" or (self.reduce == "add" and self.grid is not None):
+            return Backward()
+        return Backward(inputs=(0, 2), outputs=(0,) if self.grid is None else ())
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, out, updates = call.tensor(0), call.outs[0], call.tensor(2)

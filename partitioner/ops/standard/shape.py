@@ -14,6 +14,7 @@ from partitioner.geometry import Box, Interval, Pieces
 from partitioner.maps import AxisMap, Identity, Shift, Taps, identity
 from partitioner.ops.base import (
     Array,
+    Backward,
     Call,
     Example,
     Need,
@@ -103,6 +104,9 @@ class Concat(Operator):
             part = Need(self.axis, Shift(given.shape[self.axis], out[self.axis], -start))
             found.append(tuple(part if a == self.axis else Need(a, identity(n)) for a, n in enumerate(given.shape)))
         return tuple(found)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(hands_on=True)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         present = [x for x in call.tensors if x is not None and x.shape[self.axis]]

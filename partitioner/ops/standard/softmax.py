@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Decomposer,
     Example,
@@ -86,6 +87,9 @@ class Softmax(Operator):
         if not self.logarithm:
             return cast(write, write.op("Div", [powers, total])[0], dtype)
         return cast(write, write.op("Sub", [shifted, write.op("Log", [total])[0]])[0], dtype)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(outputs=(0,))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x = call.tensor(0)

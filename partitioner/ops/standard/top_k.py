@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from partitioner.maps import identity
 from partitioner.ops.base import (
+    Backward,
     Call,
     Example,
     Need,
@@ -78,6 +79,10 @@ class TopK(Operator):
         assert data is not None
         own = tuple(whole(data.shape)[a] if a == self.axis else Need(a, identity(n)) for a, n in enumerate(data.shape))
         return (own, *(None for _ in self.inputs[1:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        """The order of all cells."""
+        return Backward(beside=8 * ins[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, k = call.tensor(0), self.outputs[0].shape[self.axis]

@@ -14,6 +14,7 @@ from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, identity
 from partitioner.ops.base import (
     Array,
+    Backward,
     Call,
     Example,
     Need,
@@ -95,6 +96,11 @@ class MaxUnpool(Operator):
         own = (Need(0, identity(shape[0])), Need(1, identity(shape[1])),
                *(Need(a + 2, w) for a, w in enumerate(self.windows)))
         return (own, own, *(None for _ in self.inputs[2:]))
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        if all(w.kernel <= w.stride for w in self.windows):
+            return Backward(beside=8 * ins[1])
+        return Backward(beside=9 * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         x, index, out = call.tensor(0).reshape(-1), call.tensor(1), call.outs[0]
