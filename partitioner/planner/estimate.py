@@ -26,7 +26,6 @@ from partitioner import dialect
 from partitioner.curves import FloatArray
 from partitioner.kinds import kernel_seconds
 from partitioner.mesh import Mesh
-from partitioner.ops.base import Need
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
 from partitioner.profile import Profile
 from partitioner.timing import LOCKSTEP
@@ -57,6 +56,9 @@ class Estimates:
         total = np.zeros(len(self.meshes))
         for node in self.model.graph:
             total = total + self._node(node)
+        for value in (*self.model.graph.inputs, *(v for node in self.model.graph for v in node.outputs)):
+            if dialect.has_layout(value) and value.uses():
+                total = total + self._exchange(value)
         return total * (self._sizes if self.transport == LOCKSTEP else 1.0)
 
     @cached_property
@@ -105,7 +107,7 @@ class Estimates:
             found = kernel_seconds(kernels, operator, [None if i is None else i[where] for i in ins],
                                    [o[where] for o in outs])
             total[where] = found + kernels.step
-        return total + self._messages(node)
+        return total + self._merges(node)
 
     @cached_property
     def _threads(self) -> list[tuple[int | None, NDArray[np.intp]]]:
@@ -116,31 +118,38 @@ class Estimates:
         each = np.maximum(1, cores // self._sizes.astype(int))
         return [(int(n), np.flatnonzero(each == n)) for n in np.unique(each)]
 
-    def _messages(self, node: ir.Node) -> FloatArray:
-        """Halos and gathers of what the node reads, and merges of its partial results."""
-        total, reduced = np.zeros(len(self.meshes)), reduction_splits(node)
-        for index, value in enumerate(node.inputs):
-            needs = needs_of(node, 0)[index] if node.outputs else None
-            if value is None or needs is None or value.const_value is not None:
+    def _exchange(self, value: ir.Value) -> FloatArray:
+        """The halo exchange of a value, and gathers of it: once for all its readers.
+
+        With halos along several axes a rank has the corner neighbours too:  messages = (1 + 2) * (1 + 2) - 1.
+        """
+        layout, parts = dialect.get_layout(value), self._parts(value)
+        held, neighbours = np.ones(len(self.meshes)), np.ones(len(self.meshes))
+        total, packs = np.zeros(len(self.meshes)), np.zeros(len(self.meshes))
+        for axis, split in enumerate(layout.axes):
+            if split is None:
                 continue
-            for axis, split in enumerate(dialect.get_layout(value).axes):
-                if split is not None and axis not in reduced.get(index, {}):
-                    total = total + self._along(value, axis, split.mesh_axis, needs[axis])
+            peers, halo = self._count(split.mesh_axis) - 1, _halo(value, axis)
+            if halo is None:
+                total = np.maximum(total, self._sent(peers * self._bytes(value), peers))
+                continue
+            sides = np.minimum(peers, 2) * (halo > 0)
+            held = held * (1.0 + halo / 2 * sides / parts[axis])
+            neighbours = neighbours * (1.0 + sides)
+            packs = np.maximum(packs, sides * (axis > 2 or (axis == 2 and layout.shape[0] > 1)))
+        nbytes = (held - 1.0) * self._bytes(value)
+        if self.transport != LOCKSTEP:
+            move = self.profile.for_threads(self.threads).seconds("move", 0.0, 4.0 * nbytes)
+            total = total + np.where(packs > 0, move, 0.0)
+        return total + self._sent(nbytes, neighbours - 1.0)
+
+    def _merges(self, node: ir.Node) -> FloatArray:
+        """All-reduces of a node's partial results."""
+        total, reduced = np.zeros(len(self.meshes)), reduction_splits(node)
         for name in {split.mesh_axis for splits in reduced.values() for split in splits.values()}:
             peers = self._count(name) - 1
             total = total + self._sent(peers * _PARTIAL, peers)
         return total
-
-    def _along(self, value: ir.Value, axis: int, name: str, need: Need) -> FloatArray:
-        """Messages for one axis of an input."""
-        peers, part = self._count(name) - 1, self._bytes(value)
-        if need.is_whole:
-            return self._sent(peers * part, peers) if not need.map.corresponds else np.zeros(len(self.meshes))
-        halo = need.map.overlap
-        if not halo:
-            return np.zeros(len(self.meshes))
-        sides = np.minimum(peers, 2)
-        return self._sent(halo / 2 * sides * part / self._parts(value)[axis], sides)
 
     def _sent(self, nbytes: FloatArray, messages: FloatArray) -> FloatArray:
         return np.where(messages > 0, self.profile.message_seconds(nbytes, messages, self.transport), 0.0)
@@ -149,3 +158,17 @@ class Estimates:
 def _is_made(value: ir.Value) -> bool:
     producer = value.producer()
     return producer is None or not operator_of(producer).is_view
+
+
+def _halo(value: ir.Value, axis: int) -> int | None:
+    """Cells that two shards along an axis need of each other, by the reader that needs most; None for all of them."""
+    found = 0
+    for use in value.uses():
+        needs = needs_of(use.node, 0)[use.idx] if use.node.outputs else None
+        if needs is None or axis in reduction_splits(use.node).get(use.idx, {}):
+            continue
+        if not needs[axis].is_whole:
+            found = max(found, needs[axis].map.overlap)
+        elif not needs[axis].map.corresponds:
+            return None
+    return found

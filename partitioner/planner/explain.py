@@ -12,6 +12,7 @@ from rich.text import Text
 
 from partitioner import dialect
 from partitioner.errors import PartitionError
+from partitioner.mesh import Mesh
 from partitioner.page import Alternative
 from partitioner.planner.choice import Choice, Way
 from partitioner.report import halo_widths, short_layout, size_text
@@ -84,8 +85,15 @@ def _paragraphs(choice: Choice) -> Iterator[str]:
         yield f"{best.what[0].upper()}{best.what[1:]}: {_difference(best, plain)} than without."
     left = len(choice.rejected)
     if left:
-        yield (f"{choice.meshes} meshes there are; {left} of them do not fit, or are slower by an estimate that leaves "
-               f"out what only makes them slower still, as {choice.rejected[0].mesh}: {choice.rejected[0].reason}.")
+        verb = "does" if left == 1 else "do"
+        yield (f"{choice.meshes} meshes there are; {left} of them {verb} not fit, or would be slower by an estimate "
+               f"that leaves out what only makes them slower still, as {mesh_text(choice.rejected[0].mesh)}: "
+               f"{choice.rejected[0].reason}.")
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """A mesh in words."""
+    return str(mesh) if mesh.size > 1 else "one device"
 
 
 def _difference(one: Way, other: Way) -> str:

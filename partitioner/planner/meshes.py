@@ -38,12 +38,12 @@ def meshes_of(devices: int, extents: Mapping[str, int], fixed: Mapping[str, int]
 
 
 def _factors(count: int, limits: list[int]) -> Iterator[tuple[int, ...]]:
-    """Ordered factors of a number, each at most its limit."""
+    """Ordered factors of a number, each at most its limit; large first ones first, for the first axes lie dense."""
     if not limits:
         if count == 1:
             yield ()
         return
-    for first in range(1, min(count, limits[0]) + 1):
+    for first in range(min(count, limits[0]), 0, -1):
         if count % first == 0:
             for rest in _factors(count // first, limits[1:]):
                 yield (first, *rest)
