@@ -6,7 +6,7 @@ Figures are arrays of the mesh's shape, built from per-axis tables: 4096 ranks c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from partitioner.geometry import extent
 from partitioner.layout import Layout
 from partitioner.lifetime import Buffer, Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
-from partitioner.ops.nodes import needed_layout, operator_of
+from partitioner.ops.nodes import needed_by_part, needed_layout, operator_of
 from partitioner.rolling import Turns, count_turns
 
 FloatArray = NDArray[np.float64]
@@ -133,12 +133,19 @@ def plan_cost(model: ir.Model) -> PlanCost:
         births.setdefault(buffer.born, []).append(buffer.name)
         deaths.setdefault(buffer.dies, []).append(buffer.name)
     turns = count_turns(model)
+    posted = {exchange for overlap in lifetimes.overlaps.values() for exchange in overlap.exchanges}
     live = np.zeros(mesh.shape, dtype=np.int64)
+    under_way = np.zeros(mesh.shape, dtype=np.int64)
     steps: list[StepCost] = []
     for index, node in enumerate(model.graph):
         for name in births.get(index, ()):
             live = live + sizes[name]
-        steps.append(_step(node, mesh, lifetimes, live, turns.get(node, Turns())))
+        step = _step(node, mesh, lifetimes, live, turns.get(node, Turns()))
+        steps.append(replace(step, live=step.live + under_way, workspace=step.workspace + under_way))
+        if node in posted:
+            under_way = under_way + step.sent + step.received
+        elif node in lifetimes.overlaps:
+            under_way = np.zeros(mesh.shape, dtype=np.int64)
         for name in deaths.get(index, ()):
             live = live - sizes[name]
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
@@ -191,17 +198,36 @@ def _as_number(array: NDArray[Any]) -> Any:
 
 def _workspace(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes) -> IntArray:
     """What the kernel takes beside its buffers, and a result that is copied into a larger buffer."""
-    operator = operator_of(node)
-    layouts = [None if v is None else needed_layout(node, i) for i, v in enumerate(node.inputs)]
-    ins = [_as_number(np.zeros(mesh.shape) if lay is None else cells(lay, mesh)) for lay in layouts]
-    outs = [_as_number(cells(dialect.get_layout(v), mesh)) for v in node.outputs]
-    total = np.broadcast_to(np.asarray(operator.workspace(ins, outs), float), mesh.shape)
+    inputs, overlap = range(len(node.inputs)), lifetimes.overlaps.get(node)
+    if overlap is None:
+        outs = [dialect.get_layout(v) for v in node.outputs]
+        needed = [needed_layout(node, i) for i in inputs]
+        return _kernel_bytes(node, needed, outs, mesh) + copied_bytes(node, outs[0], mesh, lifetimes)
+    found = [_kernel_bytes(node, [needed_by_part(node, i, part) for i in inputs], [part] * len(node.outputs), mesh)
+             + copied_bytes(node, part, mesh, lifetimes, is_rest=part is not overlap.parts[0])
+             for part in overlap.parts]
+    return np.max(found, axis=0)
+
+
+def _kernel_bytes(node: ir.Node, needed: Sequence[Layout | None], outs: Sequence[Layout], mesh: Mesh) -> IntArray:
+    """What a kernel takes for some cells of its results."""
+    given = [_as_number(np.zeros(mesh.shape) if layout is None else cells(layout, mesh)) for layout in needed]
+    total = operator_of(node).workspace(given, [_as_number(cells(layout, mesh)) for layout in outs])
+    return np.broadcast_to(np.ceil(np.asarray(total, float)).astype(np.int64), mesh.shape)
+
+
+def copied_bytes(node: ir.Node, part: Layout, mesh: Mesh, lifetimes: Lifetimes, is_rest: bool = False) -> IntArray:
+    """Bytes of a part of a node's first result that are computed beside their place and copied there.
+
+    Args:
+        is_rest: whether other parts were computed before, so that the buffer is there already.
+    """
     value = node.outputs[0]
+    if operator_of(node).writes_into or value.dtype is None:
+        return np.zeros(mesh.shape, dtype=np.int64)
     buffer = lifetimes.buffers[lifetimes.buffer_of[str(value.name)]]
-    if not operator.writes_into and buffer.name != str(value.name) and value.dtype is not None:
-        owned = bytes_of(dialect.get_layout(value), value.dtype, mesh)
-        total = total + np.where(owned != bytes_of(buffer.layout, buffer.dtype, mesh), owned, 0)
-    return np.ceil(total).astype(np.int64)
+    own, held = bytes_of(part, value.dtype, mesh), bytes_of(buffer.layout, buffer.dtype, mesh)
+    return np.where(is_rest | (own != held), own, 0)
 
 
 def exchange_traffic(node: ir.Node, mesh: Mesh) -> tuple[IntArray, IntArray, IntArray]:

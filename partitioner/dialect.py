@@ -69,6 +69,7 @@ REDUCTIONS = frozenset({ALL_REDUCE, ALL_REDUCE_MOMENTS})
 _LAYOUT = "partitioner.layout"
 _MESH = "partitioner.mesh"
 _PARTIAL = "partitioner.partial"
+_OVERLAPPED = "partitioner.overlapped"
 _STORAGE = "partitioner.storage"
 _SCHEDULE = "partitioner.schedule"
 _REST = "partitioner.rest"
@@ -195,6 +196,19 @@ def get_partial(node: ir.Node) -> tuple[str, ...]:
 def set_partial(node: ir.Node, mesh_axes: Sequence[str]) -> None:
     """Mark a node's result as partial over mesh axes."""
     node.metadata_props[_PARTIAL] = ",".join(mesh_axes)
+
+
+def is_overlapped(node: ir.Node) -> bool:
+    """Whether the messages of a halo exchange travel while its first reader computes; see `partitioner.interior`."""
+    return node.metadata_props.get(_OVERLAPPED) == "1"
+
+
+def set_overlapped(node: ir.Node, overlapped: bool) -> None:
+    """Let the first reader of a halo exchange compute its interior while the messages travel, or wait for them."""
+    if overlapped:
+        node.metadata_props[_OVERLAPPED] = "1"
+    else:
+        node.metadata_props.pop(_OVERLAPPED, None)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 A halo exchange adds its halo to the buffer that already holds the owned cells: the value before and the
 value after share one buffer of the larger extents, and nothing is copied.  A view (reshape, crop) keeps
-the buffer of its input alive instead of taking one of its own.
+the buffer of its input alive instead of taking one of its own.  What an overlapped exchange sends stays until the
+node that computes meanwhile is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.geometry import covers
+from partitioner.interior import Overlap, find_overlaps
 from partitioner.layout import Layout
 from partitioner.ops.nodes import operator_of
 
@@ -39,10 +41,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """Buffers in the order in which they are born, and the buffer of every value."""
+    """Buffers in the order in which they are born, the buffer of every value, and the overlaps of steps."""
 
     buffers: dict[str, Buffer]
     buffer_of: dict[str, str]
+    overlaps: dict[ir.Node, Overlap] = field(default_factory=dict[ir.Node, Overlap])
 
     def released_after(self, step: int) -> tuple[str, ...]:
         """Buffers that no later step reads."""
@@ -62,11 +65,13 @@ def find_lifetimes(model: ir.Model) -> Lifetimes:
             buffer_of[str(value.name)] = name
             if name not in born or step < born[name][0]:
                 born[name] = (step, value)
-    dies = _last_reads(model, nodes, position, buffer_of)
+    overlaps = find_overlaps(model)
+    over = position | {exchange: position[o.node] for o in overlaps.values() for exchange in o.exchanges}
+    dies = _last_reads(model, nodes, over, buffer_of)
     bases = _views(nodes, buffer_of, shared)
     for name, base in reversed(bases.items()):
         dies[base] = max(dies.get(base, -1), dies.get(name, -1))
-    return Lifetimes(_make_buffers(model, buffer_of, born, dies, bases), buffer_of)
+    return Lifetimes(_make_buffers(model, buffer_of, born, dies, bases), buffer_of, overlaps)
 
 
 def _inputs(model: ir.Model, position: dict[ir.Node, int]) -> list[tuple[int, Sequence[ir.Value]]]:

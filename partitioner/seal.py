@@ -46,6 +46,8 @@ def _content(model: ir.Model) -> Iterator[bytes]:
     for node in graph:
         names = [None if v is None else v.name for v in node.inputs]
         yield _line(node.domain, node.op_type, node.name or "", names, dialect.get_partial(node))
+        if dialect.is_overlapped(node):
+            yield _line("overlapped")
         yield _line(*map(_value, node.outputs))
         yield from _attributes(node.attributes.values())
     yield _line("outputs", *(v.name for v in graph.outputs))

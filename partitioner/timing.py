@@ -4,6 +4,8 @@
     communication   the messages of the step, packing included
     wait            until the neighbours that send something have come as far
 
+Of messages that travel while an interior is computed only the time counts by which they come later.
+
 Figures are arrays of the mesh's shape, as those of `partitioner.cost`: 4096 ranks cost what 16+16+16 cost.
 """
 
@@ -14,17 +16,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from partitioner import dialect
-from partitioner.cost import PlanCost, StepCost, bytes_of, cells
+from partitioner.cost import PlanCost, StepCost, bytes_of, cells, copied_bytes
 from partitioner.curves import FloatArray, Number
 from partitioner.geometry import Interval, hull
+from partitioner.interior import Overlap
 from partitioner.kinds import kernel_seconds
+from partitioner.layout import Layout
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
-from partitioner.ops.nodes import needed_layout, needs_of, operator_of
+from partitioner.ops.nodes import needed_by_part, needed_layout, needs_of, operator_of
 from partitioner.ops.standard.conv import Conv, ConvTranspose
-from partitioner.profile import Kernels, Profile
+from partitioner.profile import Kernels, Link, Profile
 from partitioner.rolling import Turns, count_turns
 from partitioner.slabs import Rest, find_rests
 
@@ -93,39 +98,59 @@ class PlanTime:
 
 
 def plan_time(model: ir.Model, cost: PlanCost, profile: Profile, transport: str = LOCKSTEP,
-              threads: int | None = None) -> PlanTime:
+              threads: int | None = None, link: Link | None = None) -> PlanTime:
     """The time of a plan on every rank.
 
     Args:
         cost: see `partitioner.cost.plan_cost`.
         transport: `lockstep`, `gloo`, or another one that the profile knows.
         threads: of a process (None: the most that the profile knows, with gloo shared out among the ranks).
+        link: a slower network, as `Session` emulates it: the messages of a step come no earlier than it brings them.
 
     Raises:
         PartitionError: when the profile does not know the transport.
     """
-    return _Clock(model, cost.mesh, profile, transport, threads).run(cost)
+    return _Clock(model, cost.mesh, profile, transport, threads, link).run(cost)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """An exchange whose messages travel: its place among the steps, and when each rank began it."""
+
+    place: int
+    step: StepCost
+    begun: FloatArray
 
 
 class _Clock:
     """Goes through the steps and keeps how far every rank is."""
 
-    def __init__(self, model: ir.Model, mesh: Mesh, profile: Profile, transport: str, threads: int | None) -> None:
+    def __init__(self, model: ir.Model, mesh: Mesh, profile: Profile, transport: str, threads: int | None,
+                 link: Link | None) -> None:
         profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know before anything is computed
-        self.model, self.mesh, self.profile, self.transport = model, mesh, profile, transport
+        self.model, self.mesh, self.profile, self.transport, self.link = model, mesh, profile, transport, link
         if threads is None and transport == "gloo":
             threads = max(1, profile.for_threads().threads // mesh.size)
         self.kernels: Kernels = profile.for_threads(threads)
         self.lifetimes: Lifetimes = find_lifetimes(model)
         self.turns = count_turns(model)
         self.rests: dict[ir.Value, Rest] = find_rests(model)
+        self.posted = {e for overlap in self.lifetimes.overlaps.values() for e in overlap.exchanges}
+        self.under_way: list[_Flight] = []
         self.now = np.zeros(mesh.shape)
         self.zero = np.zeros(mesh.shape)
 
     def run(self, cost: PlanCost) -> PlanTime:
         """All steps, inputs read before them and outputs written after them."""
         steps = [self._edge(value) for value in self.model.graph.inputs if value.uses()]
-        steps += [self._step(step) for step in cost.steps]
+        for step in cost.steps:
+            overlap = self.lifetimes.overlaps.get(step.node)
+            if step.node in self.posted:
+                steps.append(self._post(step, len(steps)))
+            elif overlap is not None:
+                steps.append(self._overlapped(overlap, steps))
+            else:
+                steps.append(self._step(step))
         steps += [self._edge(value) for value in self.model.graph.outputs]
         return PlanTime(self.mesh, self.transport, tuple(steps))
 
@@ -210,6 +235,72 @@ class _Clock:
         each = np.asarray(nbytes, np.float64) / count
         return count * (self._one(kind, each) + self.kernels.step)
 
+    # --- interior before boundary -------------------------------------------------------------
+
+    def _post(self, step: StepCost, place: int) -> StepTime:
+        """Messages that begin to travel; what they take is known when they are waited for."""
+        found = self._passed(step.node, str(step.node.name), self._packing(step.node, 2.0 * step.sent))
+        self.under_way.append(_Flight(place, step, self.now))
+        return found
+
+    def _packing(self, node: ir.Node, nbytes: Number) -> FloatArray:
+        if self.transport == LOCKSTEP or _is_dense(node):
+            return self.zero + self.kernels.step
+        return self.zero + self._repeated("move", nbytes, 1)
+
+    def _overlapped(self, overlap: Overlap, steps: list[StepTime]) -> StepTime:
+        """The interior, what is left of the way of the messages then, and the boundary."""
+        interior, *boundary = overlap.parts
+        compute = self._part(overlap.node, interior)
+        self.now = self.now + compute
+        flights, self.under_way = self.under_way, []
+        arrived = self.zero
+        for flight in flights:
+            arrived = self._finish(flight, arrived, steps)
+        rest = sum((self._part(overlap.node, part, is_rest=True) for part in boundary), start=self.zero)
+        self.now = self.now + rest
+        return StepTime(overlap.node, str(overlap.node.name), compute + rest, self.zero, self.zero)
+
+    def _finish(self, flight: _Flight, before: FloatArray, steps: list[StepTime]) -> FloatArray:
+        """Complete the time of an exchange that was posted; returns when it has arrived, after the one before it."""
+        node, told = flight.step.node, steps[flight.place]
+        here, sends = self.transport == LOCKSTEP, self._message_seconds(flight.step)
+        begun = self.now if here else np.maximum(before, self._gathered(node, flight.begun))
+        takes_part = np.asarray(flight.step.sent + flight.step.received) > 0
+        late = np.where(takes_part, np.maximum(0.0, begun + sends - self.now), 0.0)
+        wait = np.where(takes_part, np.clip(begun - self.now, 0.0, late), 0.0)
+        unpacking = self._packing(node, 2.0 * flight.step.received)
+        steps[flight.place] = StepTime(node, told.name, told.compute + unpacking, late - wait, wait)
+        self.now = self.now + late + unpacking
+        return begun + sends
+
+    def _part(self, node: ir.Node, part: Layout, is_rest: bool = False) -> FloatArray:
+        """A part of a node's result, none on ranks that have no cells of it.
+
+        Args:
+            is_rest: whether parts were computed before, so that results go to memory that is there.
+        """
+        operator = operator_of(node)
+        needed = [needed_by_part(node, i, part) for i in range(len(node.inputs))]
+        ins = [None if layout is None else cells(layout, self.mesh) for layout in needed]
+        outs = [cells(part, self.mesh)] * len(node.outputs)
+        found = kernel_seconds(self.kernels, operator, ins, outs, in_place=is_rest)
+        if isinstance(operator, Conv | ConvTranspose) and needed[0] is not None and ins[0] is not None:
+            again = self._one("pointwise", 2.0 * ins[0] * _dtype(node.outputs[0]).itemsize)
+            found = found + np.where(self._is_strided(node, needed[0]), again, 0.0)
+        copied = copied_bytes(node, part, self.mesh, self.lifetimes, is_rest)
+        found = found + np.where(copied > 0, self._one("move" if is_rest else "pointwise", 2.0 * copied), 0.0)
+        return np.where(outs[0] > 0, found, 0.0) + self.kernels.step
+
+    def _is_strided(self, node: ir.Node, needed: Layout) -> NDArray[np.bool_]:
+        """On which ranks cells of input 0 do not lie side by side in their buffer: not whole along the last axes."""
+        value = node.inputs[0]
+        assert value is not None
+        name = self.lifetimes.buffer_of.get(str(value.name))
+        held = dialect.get_layout(value) if name is None else self.lifetimes.buffers[name].layout
+        few, all_ = (cells(Layout(lay.shape[3:], lay.axes[3:]), self.mesh) for lay in (needed, held))
+        return few < all_
+
     # --- messages -----------------------------------------------------------------------------
 
     def _meeting(self, step: StepCost) -> StepTime:
@@ -217,7 +308,7 @@ class _Clock:
         node = step.node
         turns = self.turns.get(node, Turns())
         messages = np.asarray(step.messages, np.float64)
-        sends = self.profile.message_seconds(step.sent, messages, self.transport)
+        sends = self._message_seconds(step)
         compute = np.full(self.mesh.shape, max(1, turns.count) * self.kernels.step)
         if dialect.is_all_reduce(node):
             compute = compute + messages * _MERGE_CALLS * self.kernels.launch
@@ -225,14 +316,20 @@ class _Clock:
             packed = 2 * (step.sent + step.received)
             compute = compute + self._repeated("move", packed, max(1, turns.count))
         communication = self.zero + sends
-        wait = self.zero if self.transport == LOCKSTEP else self._gathered(node) - self.now
+        wait = self.zero if self.transport == LOCKSTEP else self._gathered(node, self.now) - self.now
         wait = np.where(messages > 0, wait, 0.0)
         self.now = self.now + wait + communication + compute
         return StepTime(node, str(node.name), compute, communication, wait)
 
-    def _gathered(self, node: ir.Node) -> FloatArray:
+    def _message_seconds(self, step: StepCost) -> FloatArray:
+        found = self.profile.message_seconds(step.sent, np.asarray(step.messages, np.float64), self.transport)
+        if self.link is None:
+            return found
+        return np.maximum(found, np.where(step.messages > 0, self.link.seconds(step.sent, 1.0), 0.0))
+
+    def _gathered(self, node: ir.Node, times: FloatArray) -> FloatArray:
         """When the last of those has come with whom a rank exchanges something."""
-        found = self.now
+        found = times
         if dialect.is_all_reduce(node):
             _, names = dialect.all_reduce_kind(node)
         else:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.exchange import plan_exchange
 from partitioner.geometry import covers, span
+from partitioner.interior import find_overlaps
 from partitioner.layout import Layout
 from partitioner.ops.base import Unsupported
 from partitioner.ops.nodes import data_needs, operator_of, reduction_splits, tensor_type
@@ -160,6 +161,15 @@ def _scheduled(model: ir.Model) -> Iterator[str]:
         yield "the nodes of a chain do not stand side by side"
 
 
+def _overlaps(model: ir.Model) -> Iterator[str]:
+    if dialect.get_schedule(model) is not None:
+        return
+    found = {exchange for overlap in find_overlaps(model).values() for exchange in overlap.exchanges}
+    for node in model.graph:
+        if dialect.is_overlapped(node) and node not in found:
+            yield f"{node.name} is marked to overlap with its first reader, which cannot compute an interior"
+
+
 STATIC = Check("static shapes", _static)
 KNOWN = Check("known operators", _known)
 LAID_OUT = Check("every value laid out", _laid_out)
@@ -170,5 +180,6 @@ MET = Check("needs met", _met)
 EXCHANGES = Check("exchanges start from disjoint shards", _exchanges)
 NO_CHAIN = Check("no exchange feeds an exchange", _no_chain)
 SCHEDULED = Check("schedule fits", _scheduled)
+OVERLAPS = Check("overlaps fit", _overlaps)
 
-ALL = (STATIC, KNOWN, LAID_OUT, COVER, AGREE, SPLIT, MET, EXCHANGES, NO_CHAIN, SCHEDULED)
+ALL = (STATIC, KNOWN, LAID_OUT, COVER, AGREE, SPLIT, MET, EXCHANGES, NO_CHAIN, SCHEDULED, OVERLAPS)

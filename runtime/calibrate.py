@@ -26,7 +26,7 @@ from runtime.gauge_trials import CONVOLUTIONS, KINDS, block
 from runtime.group import check_device
 from runtime.program import Step
 from runtime.session import cpu_threads
-from runtime.transports import Job, Traffic
+from runtime.transports.lockstep import Lockstep
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -197,19 +197,8 @@ def _step_seconds(gauge: Gauge) -> float:
     shard, action = gauge.prepare(Trial("Relu", ((1, 4, 2, 2, 2),)))
     steps = tuple(Step(action, (), ()) for _ in range(count))
     shard.program = replace(shard.program, steps=steps)
-    executor = Executor([shard], _Silent())
+    executor = Executor([shard], Lockstep(1))
     return gauge.usual(lambda: executor.run(ArrayFeed({}), ArrayDrain({}))) / count
-
-
-class _Silent:
-    """A transport for programs that send nothing."""
-
-    def __init__(self) -> None:
-        self.ranks: tuple[int, ...] = (0,)
-        self.traffic = Traffic()
-
-    def exchange(self, jobs: Sequence[Job]) -> None:
-        """Nothing to do."""
 
 
 # --- messages and files -------------------------------------------------------------------------------

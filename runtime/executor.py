@@ -20,17 +20,19 @@ from runtime.program import (
     AllReduce,
     Compute,
     Exchange,
+    Finish,
     Forget,
     Load,
     Merge,
     Message,
     Move,
+    Post,
     Program,
     Store,
     Window,
     in_turns,
 )
-from runtime.transports import Job, Parcel, Transport
+from runtime.transports import Handle, Job, Parcel, Transport
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, name of the step)."""
@@ -104,6 +106,7 @@ class Executor:
 
     shards: Sequence[Shard]
     transport: Transport
+    under_way: dict[str, Handle] = field(default_factory=dict[str, Handle])
 
     def run(self, feed: Feed, drain: Drain, progress: Progress | None = None, first: int = 0,
             after: Callable[[int], None] | None = None) -> None:
@@ -114,8 +117,9 @@ class Executor:
             drain: where the outputs go.
             progress: called after each step.
             first: the turn to begin with, when those before it have been run.
-            after: called with the next turn's number after each.
+            after: called with the next turn's number after each, unless messages are under way then.
         """
+        self.under_way.clear()
         turns = in_turns([shard.program for shard in self.shards])
         with torch.inference_mode():
             for index, (number, places) in enumerate(turns[first:], first + 1):
@@ -126,13 +130,20 @@ class Executor:
                         shard.buffers.pop(name, None)
                 if progress is not None:
                     progress(index, len(turns), steps[0][1].action.name)
-                if after is not None and index < len(turns):
+                if after is not None and index < len(turns) and not self.under_way:
                     after(index)
 
     def _act(self, pairs: Sequence[tuple[Shard, Action]], feed: Feed, drain: Drain) -> None:
         actions = [action for _, action in pairs]
         if isinstance(actions[0], Exchange):
-            self._exchange([(s, a) for s, a in pairs if isinstance(a, Exchange)])
+            self.transport.exchange(jobs_of([(s, a) for s, a in pairs if isinstance(a, Exchange)]))
+            return
+        if isinstance(actions[0], Post):
+            jobs = jobs_of([(s, a.exchange) for s, a in pairs if isinstance(a, Post)])
+            self.under_way[actions[0].name] = self.transport.post(jobs)
+            return
+        if isinstance(actions[0], Finish):
+            self.under_way.pop(actions[0].name).wait()
             return
         if isinstance(actions[0], AllReduce):
             self._all_reduce([(s, a) for s, a in pairs if isinstance(a, AllReduce)])
@@ -154,20 +165,6 @@ class Executor:
                 spec = shard.program.buffers[action.buffer]
                 give_back(shard.buffers[action.buffer], spec, shard.program.storage, action.cells)
 
-    def _exchange(self, pairs: Sequence[tuple[Shard, Exchange]]) -> None:
-        jobs: list[Job] = []
-        for shard, action in pairs:
-            if action.target not in shard.buffers:
-                shard.allocate(action.target)
-            if action.keep is not None:
-                source, target = action.keep
-                cells = views(shard.tensor(source.buffer), source)
-                for kept, place in zip(cells, views(shard.tensor(target.buffer), target), strict=True):
-                    place.copy_(kept)
-            jobs.append(Job(shard.program.rank, tuple(map(shard.parcel, action.sends)),
-                            tuple(map(shard.parcel, action.receives))))
-        self.transport.exchange(jobs)
-
     def _all_reduce(self, pairs: Sequence[tuple[Shard, AllReduce]]) -> None:
         """Along one mesh axis after the other: gather the group's partials, merge them in rank order."""
         partials = [[shard.window(w) for w in action.sources] for shard, action in pairs]
@@ -187,6 +184,22 @@ class Executor:
         for (shard, action), merged in zip(pairs, partials, strict=True):
             for window, tensor in zip(action.targets, merged, strict=True):
                 shard.put(window, tensor)
+
+
+def jobs_of(pairs: Sequence[tuple[Shard, Exchange]]) -> list[Job]:
+    """The messages of an exchange, room for what it brings made and what is kept copied."""
+    jobs: list[Job] = []
+    for shard, action in pairs:
+        if action.target not in shard.buffers:
+            shard.allocate(action.target)
+        if action.keep is not None:
+            source, target = action.keep
+            cells = views(shard.tensor(source.buffer), source)
+            for kept, place in zip(cells, views(shard.tensor(target.buffer), target), strict=True):
+                place.copy_(kept)
+        jobs.append(Job(shard.program.rank, tuple(map(shard.parcel, action.sends)),
+                        tuple(map(shard.parcel, action.receives))))
+    return jobs
 
 
 def accumulate(shard: Shard, action: Merge) -> None:

@@ -10,9 +10,11 @@ from runtime.program import (
     Action,
     Compute,
     Exchange,
+    Finish,
     Forget,
     Load,
     Move,
+    Post,
     Program,
     Store,
     Window,
@@ -144,10 +146,12 @@ class _Books:
                 self.beside += math.ceil(action.operator.workspace(ins, [float(w.box.size) for w in action.writes]))
                 self.beside += sum(self._bytes(w) for w in windows_read(action) if not w.is_dense)
             case Exchange():
-                if action.target not in self.alive:
-                    self._fill(action, Window(action.target, self.program.buffers[action.target].box, ()))
-                messages = (*action.sends, *action.receives)
-                self.beside += sum(self._bytes(w) for message in messages for w in message.windows)
+                self.beside += self._messages(action)
+            case Post():
+                self._live(f"{action.name}/messages", self._messages(action.exchange))
+            case Finish():
+                self.beside += self._messages(action.exchange)
+                self.release(f"{action.name}/messages")
             case Store() | Load():
                 self.beside += self._bytes(action.window)
             case Move():
@@ -158,6 +162,12 @@ class _Books:
                 self._rest(action.buffer, max(0, self.resting[action.buffer] - len(action.cells) * plane))
             case _:
                 pass
+
+    def _messages(self, exchange: Exchange) -> int:
+        """Bytes of what is sent and received; the target is brought into being."""
+        if exchange.target not in self.alive:
+            self._fill(exchange, Window(exchange.target, self.program.buffers[exchange.target].box, ()))
+        return sum(self._bytes(w) for m in (*exchange.sends, *exchange.receives) for w in m.windows)
 
     def release(self, name: str) -> None:
         """A buffer that nobody reads any more."""

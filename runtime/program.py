@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.exchange import RankExchange, plan_exchange
-from partitioner.geometry import Box, Interval, Pieces, local_slices
+from partitioner.geometry import Box, Interval, local_slices
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
 from partitioner.ops.base import Operator
-from partitioner.ops.nodes import input_box, operator_of
 
 Slices = tuple[tuple[slice, ...], ...]
 """Per axis the slices of a buffer, in order; several where the wanted cells do not lie side by side."""
@@ -149,6 +147,30 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Post:
+    """Begin an exchange: what is kept is copied, messages are on their way."""
+
+    exchange: Exchange
+
+    @property
+    def name(self) -> str:
+        """That of the exchange."""
+        return self.exchange.name
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Wait until what was posted has arrived."""
+
+    exchange: Exchange
+
+    @property
+    def name(self) -> str:
+        """That of the exchange."""
+        return self.exchange.name
+
+
+@dataclass(frozen=True)
 class AllReduce:
     """Merge partial results over groups of ranks, one mesh axis after the other, in rank order."""
 
@@ -187,7 +209,7 @@ class Forget:
     cells: Interval
 
 
-Action = Load | Store | Compute | Exchange | AllReduce | Merge | Move | Forget
+Action = Load | Store | Compute | Exchange | Post | Finish | AllReduce | Merge | Move | Forget
 
 
 def windows_read(action: Action) -> tuple[Window, ...]:
@@ -199,11 +221,13 @@ def windows_read(action: Action) -> tuple[Window, ...]:
             return tuple(w for w in action.reads if w is not None)
         case Exchange() | Move():
             return (action.source,)
+        case Post():
+            return (action.exchange.source,)
         case AllReduce():
             return action.sources
         case Merge():
             return (*action.sources, *action.targets)
-        case Load() | Forget():
+        case Load() | Forget() | Finish():
             return ()
 
 
@@ -215,8 +239,11 @@ def windows_written(action: Action) -> tuple[Window, ...]:
         case Compute():
             return action.writes
         case Exchange():
-            kept = () if action.keep is None else (action.keep[1],)
-            return (*kept, *(w for message in action.receives for w in message.windows))
+            return (*_kept(action), *_received(action))
+        case Post():
+            return _kept(action.exchange)
+        case Finish():
+            return _received(action.exchange)
         case AllReduce() | Merge():
             return action.targets
         case Move():
@@ -225,9 +252,23 @@ def windows_written(action: Action) -> tuple[Window, ...]:
             return ()
 
 
+def _kept(exchange: Exchange) -> tuple[Window, ...]:
+    return () if exchange.keep is None else (exchange.keep[1],)
+
+
+def _received(exchange: Exchange) -> tuple[Window, ...]:
+    return tuple(w for message in exchange.receives for w in message.windows)
+
+
 def buffers_written(action: Action) -> tuple[str, ...]:
     """The buffers that an action fills, or brings into being."""
-    return (action.target,) if isinstance(action, Exchange) else tuple(w.buffer for w in windows_written(action))
+    match action:
+        case Exchange():
+            return (action.target,)
+        case Post() | Finish():
+            return (action.exchange.target,)
+        case _:
+            return tuple(w.buffer for w in windows_written(action))
 
 
 @dataclass(frozen=True)
@@ -273,136 +314,28 @@ def in_turns(programs: Sequence[Program]) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def _meets(action: Action) -> bool:
-    return isinstance(action, Exchange | AllReduce)
+    return isinstance(action, Exchange | Post | Finish | AllReduce)
 
 
 def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, storage: str | None = None,
-             streamed: frozenset[str] = frozenset()) -> Program:
+             streamed: frozenset[str] = frozenset(), overlaps: bool = True) -> Program:
     """The program of one rank of a plan; the cost grows with the graph, not with the mesh.
 
     Args:
         lifetimes: found once for all ranks of a process.
         storage: axis order of activations; the plan's own when not given.
         streamed: inputs that can only be read at once, from their file's start to its end.
+        overlaps: compute interiors while messages travel, where the plan says so; training takes whole steps.
     """
+    from runtime.localiser import Localiser
     from runtime.rolled import RolledLocaliser
 
     lifetimes = lifetimes or find_lifetimes(model)
     if dialect.get_schedule(model) is None:
-        program = Localiser(model, rank, lifetimes).program()
+        program = Localiser(model, rank, lifetimes, overlaps).program()
     else:
         program = RolledLocaliser(model, rank, lifetimes, streamed).program()
     return program if storage is None else replace(program, storage=storage)
-
-
-class Localiser:
-    """Whole-shard steps: one per node."""
-
-    def __init__(self, model: ir.Model, rank: int, lifetimes: Lifetimes) -> None:
-        self.model = model
-        self.rank = rank
-        self.mesh = dialect.get_mesh(model)
-        self.here = self.mesh.coordinates(rank)
-        self.lifetimes = lifetimes
-        self.boxes = {b.name: b.layout.box(self.here) for b in lifetimes.buffers.values()}
-        self._shares: dict[ir.Node, RankExchange] = {}
-        self.weights = {str(v.name): v.const_value for v in model.graph.initializers.values()
-                        if v.const_value is not None and v.uses()}
-
-    def program(self) -> Program:
-        specs = {b.name: BufferSpec(b.name, self.boxes[b.name], b.dtype) for b in self.lifetimes.buffers.values()}
-        return Program(self.rank, self.mesh, dialect.get_storage(self.model), specs, self.weights, tuple(self._steps()))
-
-    def _steps(self) -> Iterator[Step]:
-        born: dict[int, list[str]] = {}
-        dies: dict[int, list[str]] = {}
-        for buffer in self.lifetimes.buffers.values():
-            born.setdefault(buffer.born, []).append(buffer.name)
-            dies.setdefault(buffer.dies, []).append(buffer.name)
-        inputs = {self.lifetimes.buffer_of[str(v.name)]: v for v in self.model.graph.inputs}
-        outputs = {v for v in self.model.graph.outputs}
-        for index, node in enumerate(self.model.graph):
-            fresh = born.get(index, [])
-            for name in [n for n in fresh if n in inputs]:
-                value = inputs[name]
-                yield Step(Load(str(value.name), self._window(value)), (name,), ())
-                if value in outputs:
-                    yield self._store(value)
-            leaving = [value for value in node.outputs if value in outputs]
-            over = tuple(dies.get(index, ()))
-            yield Step(self._action(node), tuple(n for n in fresh if n not in inputs), () if leaving else over)
-            for value in leaving:
-                yield self._store(value, over if value is leaving[-1] else ())
-
-    def _store(self, value: ir.Value, releases: tuple[str, ...] = ()) -> Step:
-        return Step(Store(str(value.name), self._window(value), self._hands_out(value)), (), releases)
-
-    def _hands_out(self, value: ir.Value) -> bool:
-        """Whether this rank is the first of those that hold its part."""
-        held = dialect.get_layout(value).mesh_axes
-        return all(self.here[name] == 0 for name in self.mesh.names if name not in held)
-
-    def _window(self, value: ir.Value, box: Box | None = None, joined: bool = True) -> Window:
-        """Cells of a value in its buffer; all that this rank owns unless a box is given."""
-        name = str(value.name)
-        if name in self.weights:
-            whole = Box.whole(dialect.shape_of(value))
-            return place(name, whole, whole if box is None else box)
-        buffer = self.lifetimes.buffer_of[name]
-        owned = dialect.get_layout(value).box(self.here)
-        held = self.boxes[buffer] if self.lifetimes.buffers[buffer].base is None else owned
-        return place(buffer, held, owned if box is None else box, joined)
-
-    def _action(self, node: ir.Node) -> Action:
-        if dialect.is_exchange(node):
-            return self._exchange(node)
-        if dialect.is_all_reduce(node):
-            return self._all_reduce(node)
-        outs = tuple(dialect.get_layout(v).box(self.here) for v in node.outputs)
-        writes = tuple(self._window(v) for v in node.outputs)
-        return Compute(str(node.name), operator_of(node), self._reads(node, outs), writes)
-
-    def _reads(self, node: ir.Node, outs: tuple[Box, ...],
-               taken: Mapping[str, Pieces] | None = None) -> tuple[Window | None, ...]:
-        found: list[Window | None] = []
-        for index, value in enumerate(node.inputs):
-            box = None if value is None else input_box(node, index, outs, self.here, taken)
-            found.append(None if box is None or value is None else self._window(value, box))
-        return tuple(found)
-
-    def _exchange(self, node: ir.Node, cut: Callable[[Box], Box] = lambda box: box) -> Exchange:
-        """An exchange, or what `cut` leaves of every box of it."""
-        source, target = node.inputs[0], node.outputs[0]
-        assert source is not None
-        if node not in self._shares:
-            plan = plan_exchange(self.mesh, dialect.get_layout(source), dialect.get_layout(target))
-            self._shares[node] = plan.for_rank(self.rank)
-        part = self._shares[node]
-        shared = self.lifetimes.buffer_of[str(source.name)] == self.lifetimes.buffer_of[str(target.name)]
-
-        def window(value: ir.Value, box: Box) -> Window:
-            return self._window(value, cut(box), joined=False)
-
-        keep = (window(source, part.keep), window(target, part.keep)) if part.keep and not shared else None
-        return Exchange(
-            str(node.name), self._window(source, cut(dialect.get_layout(source).box(self.here))),
-            self.lifetimes.buffer_of[str(target.name)], keep,
-            tuple(Message(t.target, (window(source, t.box),)) for t in part.sends),
-            tuple(Message(t.source, (window(target, t.box),)) for t in part.receives),
-        )
-
-    def _all_reduce(self, node: ir.Node) -> AllReduce:
-        kind, names = dialect.all_reduce_kind(node)
-        sources = tuple(self._window(v) for v in node.inputs if v is not None)
-        targets = tuple(self._window(v) for v in node.outputs)
-        groups = tuple(reduction_group(self.mesh, self.rank, name) for name in names)
-        return AllReduce(str(node.name), kind, sources, targets, groups)
-
-
-def reduction_group(mesh: Mesh, rank: int, name: str) -> tuple[int, ...]:
-    """The ranks that differ from this one along one mesh axis only, itself included, in order."""
-    here = mesh.coordinates(rank)
-    return tuple(mesh.rank({**here, name: i}) for i in range(mesh.count(name)))
 
 
 def place(buffer: str, held: Box, wanted: Box, joined: bool = True) -> Window:

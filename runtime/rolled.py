@@ -14,6 +14,7 @@ from partitioner.geometry import Box, Interval, Pieces, span
 from partitioner.lifetime import Lifetimes
 from partitioner.ops.nodes import operator_of
 from partitioner.rolling import Chain, Slab, Stage, Turn, order_stages, rolled_axis
+from runtime.localiser import Localiser
 from runtime.program import (
     Action,
     BufferSpec,
@@ -21,7 +22,6 @@ from runtime.program import (
     Exchange,
     Forget,
     Load,
-    Localiser,
     Merge,
     Move,
     Program,

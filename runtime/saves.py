@@ -158,7 +158,7 @@ class Saver:
         return self._saving.step
 
     def after(self, step: int) -> None:
-        """Save now and then.
+        """Save now and then: at the first step from the meeting's on before which no message is under way.
 
         Args:
             step: the next one.
@@ -166,7 +166,7 @@ class Saver:
         Raises:
             ExecutionError: on every rank, when any cannot save.
         """
-        if step != self._meeting:
+        if step < self._meeting:
             return
         save, self._meeting = self._ties.tell(self._decision(step))
         if save:

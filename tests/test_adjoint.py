@@ -19,7 +19,7 @@ from partitioner.geometry import Interval, Pieces, pieces
 from partitioner.layout import AxisLayout, Layout
 from partitioner.mesh import Mesh
 from runtime.adjoint import AllReduceSide, ExchangeSide, all_reduce_adjoint, exchange_adjoint
-from runtime.executor import Executor, Shard
+from runtime.executor import Shard, jobs_of
 from runtime.memory import allocate_buffer, view
 from runtime.program import AllReduce, Exchange, Program, localise
 from runtime.transports import Transport
@@ -125,7 +125,7 @@ def products(programs: Sequence[Program], transport: Transport, seed: int) -> tu
         target = shard.program.buffers[action.target]
         cotangents.append(filled(allocate_buffer(target, CPU, shard.program.storage, False), random))
         sources.append(allocate_buffer(spec, CPU, shard.program.storage, False).zero_())
-    Executor(shards, transport)._exchange(list(zip(shards, actions, strict=True)))
+    transport.exchange(jobs_of(list(zip(shards, actions, strict=True))))
     forward = sum(int((s.buffers[a.target] * y).sum()) for s, a, y in zip(shards, actions, cotangents, strict=True))
     kept = [y.clone() for y in cotangents]
     sides = [ExchangeSide(s.program.rank, a, y, x)

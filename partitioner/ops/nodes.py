@@ -173,6 +173,13 @@ def needed_layout(node: ir.Node, index: int, split: bool = False) -> Layout | No
     return found
 
 
+def needed_by_part(node: ir.Node, index: int, part: Layout) -> Layout | None:
+    """What every rank needs of an input for a part of each of the node's outputs; None for a consumed input."""
+    value = node.inputs[index]
+    count = len(operator_of(node).outputs)
+    return None if value is None else _needed_layout(node, index, value, [part] * count)
+
+
 def _same(known: Sequence[Layout | None], state: Sequence[Layout | None]) -> bool:
     """Whether a cached answer was found from the very same layouts."""
     return len(known) == len(state) and all(a is b for a, b in zip(known, state, strict=True))

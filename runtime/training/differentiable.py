@@ -1,7 +1,8 @@
 """One differentiable pass over the programs of all local ranks: every value a tensor of its own.
 
 Where inference writes into a buffer with room for the halo, here the owned cells are one tensor and the cells
-after the exchange another, for autograd keeps both sides of every step.
+after the exchange another, for autograd keeps both sides of every step.  Steps are whole: marks by which inference
+computes an interior while messages travel are not heeded.
 """
 
 from __future__ import annotations

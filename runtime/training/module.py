@@ -363,5 +363,5 @@ def _wiring(ranks: Ranks, size: int, storage: str, options: Options, on_backward
 
 def _differentiable(plan: ir.Model, ranks: Ranks, wiring: Wiring, storage: str, checkpoint: bool) -> Differentiable:
     lifetimes = find_lifetimes(plan)
-    programs = [localise(plan, rank, lifetimes, storage) for rank in ranks.transport.ranks]
+    programs = [localise(plan, rank, lifetimes, storage, overlaps=False) for rank in ranks.transport.ranks]
     return Differentiable(plan, programs, ranks.devices, wiring, checkpoint)

@@ -48,14 +48,34 @@ class Traffic:
         self.messages[rank] = self.messages.get(rank, 0) + 1
 
 
+class Handle(Protocol):
+    """Messages that are under way."""
+
+    def wait(self) -> None:
+        """Return when every receiving view holds its cells, and those that were sent may change.
+
+        Raises:
+            ExecutionError: when a peer is gone.
+        """
+        ...
+
+
 class Transport(Protocol):
     """Moves parcels; `ranks` are those whose shards live in this process."""
 
     ranks: tuple[int, ...]
     traffic: Traffic
 
+    def post(self, jobs: Sequence[Job]) -> Handle:
+        """Begin all messages of one step; until they are waited for nobody changes what is sent, or reads what comes.
+
+        Raises:
+            ExecutionError: when a peer is gone.
+        """
+        ...
+
     def exchange(self, jobs: Sequence[Job]) -> None:
-        """Carry out all messages of one step; on return every receiving view holds its cells.
+        """Carry out all messages of one step: post them and wait.
 
         Raises:
             ExecutionError: when a peer is gone.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.group import peers
-from runtime.transports.base import Job, Parcel, Traffic
+from runtime.transports.base import Handle, Job, Parcel, Traffic
 
 
 @dataclass
@@ -20,6 +20,25 @@ class _Wire:
     parcel: Parcel
     flat: torch.Tensor
     unpack: bool
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """Messages under way, and the memory that they travel in."""
+
+    incoming: tuple[_Wire, ...]
+    outgoing: tuple[_Wire, ...]
+    works: tuple[Any, ...]
+    whom: tuple[int, ...]
+
+    def wait(self) -> None:
+        """See `Handle`."""
+        with peers(self.whom):
+            for work in self.works:
+                work.wait()
+        for wire in self.incoming:
+            if wire.unpack:
+                _scatter(wire.flat, wire.parcel)
 
 
 class Distributed:
@@ -41,29 +60,29 @@ class Distributed:
 
     def exchange(self, jobs: Sequence[Job]) -> None:
         """Send and receive all parcels of one step; see `Transport`."""
+        self.post(jobs).wait()
+
+    def post(self, jobs: Sequence[Job]) -> Handle:
+        """Begin to send and receive all parcels of one step; see `Transport`."""
         (job,) = jobs
         incoming = [self._inbound(parcel) for parcel in job.receives]
         outgoing = [self._outbound(parcel) for parcel in job.sends]
         if self._staged:
             torch.cuda.current_stream().synchronize()
-        with peers(sorted({w.parcel.peer for w in (*incoming, *outgoing)})):
-            self._transfer(incoming, outgoing)
+        whom = sorted({w.parcel.peer for w in (*incoming, *outgoing)})
+        with peers(whom):
+            works = self._begin(incoming, outgoing)
         for wire in outgoing:
             self.traffic.count(job.rank, wire.parcel.nbytes)
-        for wire in incoming:
-            if wire.unpack:
-                _scatter(wire.flat, wire.parcel)
+        return _Flight(tuple(incoming), tuple(outgoing), tuple(works), tuple(whom))
 
-    def _transfer(self, incoming: Sequence[_Wire], outgoing: Sequence[_Wire]) -> None:
+    def _begin(self, incoming: Sequence[_Wire], outgoing: Sequence[_Wire]) -> list[Any]:
         if self._batched:
             operations = [dist.P2POp(dist.irecv, w.flat, self._processes[w.parcel.peer]) for w in incoming]
             operations += [dist.P2POp(dist.isend, w.flat, self._processes[w.parcel.peer]) for w in outgoing]
-            works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
-        else:
-            works = [dist.irecv(w.flat, self._processes[w.parcel.peer]) for w in incoming]
-            works += [dist.isend(w.flat, self._processes[w.parcel.peer]) for w in outgoing]
-        for work in works:
-            work.wait()
+            return dist.batch_isend_irecv(operations) if operations else []
+        works: list[Any] = [dist.irecv(w.flat, self._processes[w.parcel.peer]) for w in incoming]
+        return works + [dist.isend(w.flat, self._processes[w.parcel.peer]) for w in outgoing]
 
     def _inbound(self, parcel: Parcel) -> _Wire:
         dense = None if self._staged else _as_bytes(parcel)

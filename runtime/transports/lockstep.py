@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from runtime.transports.base import Job, Traffic
+from runtime.transports.base import Handle, Job, Traffic
 
 
 class Lockstep:
@@ -16,11 +17,28 @@ class Lockstep:
 
     def exchange(self, jobs: Sequence[Job]) -> None:
         """Copy every parcel; see `Transport`."""
-        sent = {(job.rank, parcel.peer): parcel for job in jobs for parcel in job.sends}
+        self.post(jobs).wait()
+
+    def post(self, jobs: Sequence[Job]) -> Handle:
+        """Note the parcels; see `Transport`."""
         for job in jobs:
+            for parcel in job.sends:
+                self.traffic.count(job.rank, parcel.nbytes)
+        return _Copies(tuple(jobs))
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Parcels that are copied when they are waited for, as late as messages can come."""
+
+    jobs: tuple[Job, ...]
+
+    def wait(self) -> None:
+        """See `Handle`."""
+        sent = {(job.rank, parcel.peer): parcel for job in self.jobs for parcel in job.sends}
+        for job in self.jobs:
             for parcel in job.receives:
                 source = sent.pop((parcel.peer, job.rank))
-                self.traffic.count(parcel.peer, source.nbytes)
                 for target, cells in zip(parcel.views, source.views, strict=True):
                     target.copy_(cells)
         assert not sent, f"parcels that nobody expects: {sorted(sent)}"
