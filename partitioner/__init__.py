@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partitioner.errors import ExecutionError, PartitionError
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
-    from partitioner.profile import Profile
+    from partitioner.profile import Link, Profile
     from partitioner.verify import Verification
     from runtime.training import checkpoint, data, losses
 
@@ -31,6 +31,7 @@ _HOMES = {
     "Verification": "partitioner.verify",
     "Mesh": "partitioner.mesh",
     "load_operators": "partitioner.ops.plugins",
+    "Link": "partitioner.profile",
     "Profile": "partitioner.profile",
     "PartitionError": "partitioner.errors",
     "ExecutionError": "partitioner.errors",
@@ -39,8 +40,8 @@ _HOMES = {
 _MODULES = {"checkpoint": "runtime.training.checkpoint", "data": "runtime.training.data",
             "losses": "runtime.training.losses", "monai": "partitioner.monai"}
 
-__all__ = ["ExecutionError", "Mesh", "PartitionError", "Plan", "Profile", "Session", "Verification", "checkpoint",
-           "data", "load", "load_operators", "losses", "monai", "partition"]
+__all__ = ["ExecutionError", "Link", "Mesh", "PartitionError", "Plan", "Profile", "Session", "Verification",
+           "checkpoint", "data", "load", "load_operators", "losses", "monai", "partition"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.axes import named_axes
-from partitioner.compiler import Steering, compile_plan, plain_model
+from partitioner.compiler import Purpose, Steering, compile_plan, plain_model
 from partitioner.compose import Around, Wrapping, compose
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
@@ -24,8 +24,10 @@ from partitioner.guards import (
     Arrays,
     MeshLike,
     check_inputs,
+    check_link,
     checked_path,
     is_tensor,
+    overlapped_names,
     source_problems,
     whole_numbers,
 )
@@ -38,8 +40,9 @@ from partitioner.report import plan_dict, render, to_text
 if TYPE_CHECKING:
     from partitioner.page import Alternative
     from partitioner.planner.choice import Choice
-    from partitioner.profile import Profile
+    from partitioner.profile import Link, Profile
     from partitioner.timing import PlanTime
+    from partitioner.training_cost import Optimiser, TrainingCost
     from runtime.session import Runner, RunReport
     from runtime.training.module import PartitionedModule
 
@@ -70,6 +73,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
     profile: Profile | str | Path | None = None,
     backend: str | None = None,
     pinned: Mapping[str, str | Sequence[str]] | None = None,
+    overlap: bool | Collection[str] = False,
     **around: Unpack[Around],
 ) -> Plan:
     """Partition a model over a mesh of ranks: the one given, or the one that is best for so many devices.
@@ -93,6 +97,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
         profile: what each device can do; see `Plan.time`.
         backend: how messages travel between them; by default what suits the profile.
         pinned: nodes that all ranks compute, by name: `{"conv7": "replicated"}`, or the mesh axes of those ranks.
+        overlap: let halos travel while what needs none is computed: names of halo exchanges, or True for all that can.
         around: what becomes part of the graph before it is partitioned: `preprocess=["window=-160:240"]`,
             `output_ops=["softmax", "argmax"]`, `tta="flips"`, `ensemble=["fold1.onnx"]`; words as in the command.
 
@@ -108,7 +113,8 @@ def partition(  # noqa: PLR0913 (the words of the command)
         found = {name: shape for name, shape in found.items() if name in open_inputs}
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
-    request = Request(mesh, wanted, positions, strict, None, Steering(pinned_axes(pinned)))
+    steering = Steering(pinned_axes(pinned), overlapped=overlapped_names(overlap))
+    request = Request(mesh, wanted, positions, strict, None, steering)
     folder = None if dump_dir is None else Path(dump_dir)
     if devices is not None:
         return Plan.search(source, request, devices_of(devices, profile, backend, memory, host_memory), folder)
@@ -200,13 +206,14 @@ class Plan:
         return with_slab_peaks(self.model, found)
 
     def time(self, profile: Profile | str | Path | None = None, backend: str = "lockstep",
-             threads: int | None = None) -> PlanTime:
+             threads: int | None = None, link: Link | None = None) -> PlanTime:
         """How long a run takes, step by step and rank by rank, forecast from the layouts and a machine's figures.
 
         Args:
             profile: a profile, its file, or the name of a shipped one; by default that of this machine.
             backend: `lockstep`, `gloo`, or another transport that the profile knows.
             threads: CPU threads per process; by default the most that the profile knows, shared out over gloo's ranks.
+            link: a slower network; see `session`.
 
         Raises:
             PartitionError: when the profile cannot be read, or does not know the transport.
@@ -215,7 +222,7 @@ class Plan:
         from partitioner.timing import plan_time
 
         found = profile if isinstance(profile, Profile) else Profile.find(profile)
-        return plan_time(self.model, self.cost, found, backend, threads)
+        return plan_time(self.model, self.cost, found, backend, threads, link)
 
     def explain(self, node: str | None = None) -> str:
         """Why the planner chose this plan, or what it decided at one node and what that costs in the other plans.
@@ -293,19 +300,22 @@ class Plan:
         with self.session(backend="lockstep", device=device) as session:
             return session.run(inputs)
 
-    def session(self, backend: Backend = "lockstep", device: str = "cpu", threads: int | None = None) -> Session:
+    def session(self, backend: Backend = "lockstep", device: str = "cpu", threads: int | None = None,
+                link: Link | None = None) -> Session:
         """The plan made ready for several runs; use it in a `with` block.
 
         Args:
             backend: `lockstep` (all shards in this process), `gloo` or `nccl` (one process per rank).
             device: `cpu`, `cuda`, or a list for the ranks in turn: `cuda:0,cuda:1`.
             threads: CPU threads per process; shared out evenly by default.
+            link: emulates a slower network for backend `gloo`: with `pt.Link(latency=0.002, bandwidth=1e9)` no message
+                arrives earlier than 2 ms and its bytes / 1e9 seconds after it was posted.
 
         Raises:
-            PartitionError: when the device or backend does not exist here.
+            PartitionError: when the device or backend does not exist here, or the link cannot be emulated.
             ExecutionError: when the ranks cannot be started.
         """
-        return Session(self, backend, device, threads)
+        return Session(self, backend, device, threads, link)
 
     def with_shapes(self, shapes: Mapping[str, Sequence[int]]) -> Plan:
         """The same partition of the same model for other extents; axes of the same extent keep their cuts.
@@ -346,19 +356,49 @@ class Plan:
         from runtime.training.build import build_module
         from runtime.training.module import Network, Options
 
+        source = self._trainable
+        folded = folded_norms(source)
+        if folded:
+            warnings.warn(FOLDED.format(count=len(folded), names=", ".join(folded[:3])), stacklevel=2)
+        training, evaluation = self._compiled("training"), self._compiled("evaluation")
+        refuse_all(without_gradient(training))
+        options = Options(biased_variance, checkpoint, global_statistics)
+        return build_module(Network(source, training, evaluation), device, options)
+
+    def training_cost(self, checkpoint: bool = False, optimiser: Optimiser = "adam") -> TrainingCost:
+        """Memory, bytes, messages and operations of a training step per rank, forecast from the layouts.
+
+        Args:
+            checkpoint: as in `module`.
+            optimiser: `none`, `sgd`, `momentum` or `adam`: what keeps state beside the parameters.
+
+        Raises:
+            PartitionError: when the plan came from a file, or the optimiser is unknown.
+        """
+        from partitioner.training_cost import training_cost
+
+        return training_cost(self._training, checkpoint, optimiser)
+
+    @property
+    def _trainable(self) -> ir.Model:
+        """The model that trains.
+
+        Raises:
+            PartitionError: when the plan came from a file.
+        """
         if self._source is None:
             raise PartitionError("a plan from a file has its weights folded for inference; train the model: "
                                  "pt.partition(model, ...).module()")
-        folded = folded_norms(self._source)
-        if folded:
-            warnings.warn(FOLDED.format(count=len(folded), names=", ".join(folded[:3])), stacklevel=2)
-        training, evaluation = (
-            compile_plan(self._source, self.mesh, self.input_shapes, self._request.cuts, strict=self._request.strict,
-                         purpose=purpose)
-            for purpose in ("training", "evaluation"))
-        refuse_all(without_gradient(training))
-        options = Options(biased_variance, checkpoint, global_statistics)
-        return build_module(Network(self._source, training, evaluation), device, options)
+        return self._source
+
+    @cached_property
+    def _training(self) -> ir.Model:
+        """The plan of the network as it trains."""
+        return self._compiled("training")
+
+    def _compiled(self, purpose: Purpose) -> ir.Model:
+        return compile_plan(self._trainable, self.mesh, self.input_shapes, self._request.cuts,
+                            strict=self._request.strict, purpose=purpose)
 
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""
@@ -372,15 +412,19 @@ class Session:
         last_run: what the last run measured (seconds, peak memory, bytes and messages per rank), or None.
     """
 
-    def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None) -> None:
+    def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None,
+                 link: Link | None = None) -> None:
         if backend not in ("lockstep", "gloo", "nccl"):
             raise PartitionError(f"backend '{backend}' is unknown; use lockstep, gloo or nccl")
         if threads is not None and (not isinstance(threads, int) or threads < 1):  # pyright: ignore
             raise PartitionError(f"threads={threads!r}: give at least 1, or None to share out the cores")
+        if link is not None:
+            check_link(link)
         self.plan = plan
         self._first = plan
         self._lock = threading.Lock()
         self._options = (backend, str(device), threads)
+        self._link = link
         self._plans: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Plan] = OrderedDict()
         self._plans[_key(plan.input_shapes)] = plan
         self._runner: Runner | None = self._start(plan)
@@ -429,7 +473,7 @@ class Session:
         from runtime.session import make_runner
 
         backend, device, threads = self._options
-        return make_runner(plan.model, backend, device, threads)
+        return make_runner(plan.model, backend, device, threads, self._link)
 
     def _plan_for(self, inputs: Arrays) -> Plan:
         if self._runner is None:

@@ -23,6 +23,7 @@ from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
 from passes.merge_exchanges import MergeExchanges
+from passes.overlap_halos import OverlapHalos
 from passes.pipeline import Observer, Pipeline
 from passes.prepare_training import PrepareTraining
 from passes.schedule import Schedule
@@ -58,10 +59,12 @@ class Steering:
     Args:
         pinned: nodes that are computed by all ranks along some mesh axes, by name with these axes.
         deepened: values of which ranks compute the halos themselves instead of exchanging them.
+        overlapped: halo exchanges whose messages travel while an interior is computed; None for all that can.
     """
 
     pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     deepened: frozenset[str] = frozenset()
+    overlapped: frozenset[str] | None = frozenset()
 
 
 Purpose = Literal["inference", "evaluation", "training"]
@@ -88,6 +91,7 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
         InsertHaloExchanges(),
         MergeExchanges(),
         Schedule(rolled=rolled, strips=strips),
+        *((OverlapHalos(steering.overlapped),) if steering.overlapped != frozenset() else ()),
         AnnotateDevices(),
     ))
 

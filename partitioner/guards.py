@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from partitioner import dialect
 from partitioner.errors import PartitionError, refuse_all
 from partitioner.mesh import Mesh
 from partitioner.ops.dtypes import is_known
+from partitioner.profile import Link
 from partitioner.shapes import spatial_rank
 
 MeshLike = str | Mapping[str, int] | Mesh | None
@@ -118,3 +120,29 @@ def source_problems(model: ir.Model) -> list[str]:
         return ["the model is a plan already; load it with pt.load, or give the model that it was made from"]
     return [f"input '{v.name}' is {v.dtype.name}, which the runtime cannot hold; export it with another type"
             for v in model.graph.inputs if v.dtype is not None and not is_known(v.dtype)]
+
+
+def overlapped_names(given: bool | Collection[str]) -> frozenset[str] | None:
+    """Names of exchanges that are to overlap; None for all.
+
+    Raises:
+        PartitionError: for anything else than a bool or names.
+    """
+    if isinstance(given, bool):
+        return None if given else frozenset()
+    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(n, str) for n in given):
+        raise PartitionError(f"overlap={given!r} is not understood; give True, or names of halo exchanges in a list")
+    return frozenset(given)
+
+
+def check_link(link: Any) -> None:
+    """Make sure that a link can be emulated.
+
+    Raises:
+        PartitionError: when it is none, was measured as a curve, or has impossible figures.
+    """
+    if not isinstance(link, Link) or link.curve is not None:
+        raise PartitionError("link: give seconds and bytes per second, as pt.Link(latency=0.002, bandwidth=1e9)")
+    if not 0 <= link.latency < math.inf or not link.bandwidth > 0:
+        raise PartitionError(f"link: latency {link.latency} and bandwidth {link.bandwidth} are impossible; give "
+                             "seconds from 0 on, and bytes per second above 0")

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from partitioner.errors import ExecutionError, PartitionError
 from partitioner.loader import save_model
+from partitioner.profile import Link
 from runtime.executor import Progress
 from runtime.group import GONE
 from runtime.rank import RankReport, RunFiles
@@ -39,14 +40,17 @@ class RankPool:
         backend: gloo or nccl.
         device: cpu, cuda, or a list such as cuda:0,cuda:1.
         threads: CPU threads per rank; by default the host's cores shared out evenly.
+        link: a slower network that is emulated.
 
     Raises:
         ExecutionError: when a rank dies.
         PartitionError: when a rank finds a mistake of the user.
     """
 
-    def __init__(self, size: int, backend: str, device: str, threads: int | None = None) -> None:
+    def __init__(self, size: int, backend: str, device: str, threads: int | None = None,
+                 link: Link | None = None) -> None:
         self.size = size
+        self._link = None if link is None else (link.latency, link.bandwidth)
         self._folder = tempfile.TemporaryDirectory(prefix="partitioner-")
         self._pipes: list[Connection[Any, Any]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -116,7 +120,7 @@ class RankPool:
         ours, theirs = Pipe()
         options = {
             "rank": rank, "size": self.size, "backend": backend, "device": device, "threads": threads,
-            "pipe": theirs.fileno(), "parent": os.getpid(), "folder": self._folder.name,
+            "pipe": theirs.fileno(), "parent": os.getpid(), "folder": self._folder.name, "link": self._link,
         }
         env = dict(os.environ, OMP_NUM_THREADS=str(threads))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))

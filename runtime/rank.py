@@ -16,6 +16,7 @@ from partitioner import dialect
 from partitioner.errors import ExecutionError, PartitionError
 from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
+from partitioner.profile import Link
 from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import FileDrain, host_type
@@ -25,6 +26,8 @@ from runtime.monitor import PeakMemory
 from runtime.overlap import AheadSource, BehindWriter, boxes_read
 from runtime.program import Program, localise
 from runtime.saves import Saver, Saving, Ties
+from runtime.transports import Transport
+from runtime.transports.delayed import Delayed
 from runtime.transports.distributed import Distributed
 from runtime.volumes import PartFile, Source, Writer, open_part, open_source
 
@@ -96,13 +99,19 @@ class RankReport:
 
 
 class RankRunner:
-    """Keeps one rank's weights and program from run to run."""
+    """Keeps one rank's weights and program from run to run.
 
-    def __init__(self, model: ir.Model, place: Place, device: torch.device, backend: str) -> None:
+    Args:
+        link: a slower network that is emulated.
+    """
+
+    def __init__(self, model: ir.Model, place: Place, device: torch.device, backend: str,
+                 link: Link | None = None) -> None:
         self.place = place
         self.device = device
         self._model = model
-        self._transport = Distributed(device, backend)
+        direct = Distributed(device, backend)
+        self._transport: Transport = direct if link is None else Delayed(direct, link)
         self._executor = Executor(make_shards([self._localise(frozenset())], [device]), self._transport)
         self._dtypes = {str(v.name): v.dtype for v in model.graph.inputs}
         mesh = dialect.get_mesh(model)

@@ -21,6 +21,7 @@ from partitioner.lifetime import find_lifetimes
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.nodes import operator_of
 from partitioner.ops.plugins import reaches_other_processes
+from partitioner.profile import Link
 from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, host_type, to_numpy
@@ -210,9 +211,10 @@ def _check_operators(model: ir.Model) -> None:
 
 
 class PoolRunner:
-    """One process per rank on this host."""
+    """One process per rank on this host, over a slower network if a link is given."""
 
-    def __init__(self, model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None,
+                 link: Link | None = None) -> None:
         self._model = model
         refuse_strips(model)
         size = dialect.get_mesh(model).size
@@ -221,7 +223,7 @@ class PoolRunner:
                 check_device(name)
         check_backend(backend, device, size)
         _check_operators(model)
-        self.pool = RankPool(size, backend, device, threads)
+        self.pool = RankPool(size, backend, device, threads, link)
         self.report: RunReport | None = None
         try:
             self.pool.load(model)
@@ -320,10 +322,19 @@ def _roomy_folder(model: ir.Model) -> str | None:
 
 
 def make_runner(model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None,
-                poison: bool = False) -> Runner:
-    """A runner by the backend's name: lockstep, gloo or nccl."""
+                link: Link | None = None) -> Runner:
+    """A runner by the backend's name: lockstep, gloo or nccl.
+
+    Args:
+        link: a slower network that gloo's messages are to travel over.
+
+    Raises:
+        PartitionError: when the backend sends nothing that could be slowed down.
+    """
+    if link is not None and backend != "gloo":
+        raise PartitionError(f"link: a slower network is emulated for backend gloo, not {backend}; leave it out")
     if backend == "lockstep":
-        return LockstepRunner(model, device, poison, threads)
-    return PoolRunner(model, backend, device, threads)
+        return LockstepRunner(model, device, threads=threads)
+    return PoolRunner(model, backend, device, threads, link)
 
 
