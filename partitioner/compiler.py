@@ -22,6 +22,7 @@ from passes.canonicalize import Canonicalize
 from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
+from passes.keep_apart import KeepApart
 from passes.merge_exchanges import MergeExchanges
 from passes.overlap_halos import OverlapHalos
 from passes.pipeline import Observer, Pipeline
@@ -81,7 +82,8 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
     if order is not None:
         mesh = Mesh.parse({**dict(mesh.axes), **dict(order.strips)})
     return Pipeline((
-        Canonicalize(shapes, strict, fold_norms=purpose == "inference", mesh=mesh),
+        Canonicalize(shapes, strict, fold_norms=purpose == "inference"),
+        KeepApart(mesh, trains=purpose != "inference"),
         *((PrepareTraining(),) if purpose == "training" else ()),
         AssignShards(mesh, cuts, () if rolled is None else (rolled,), steering.pinned),
         InsertReshards(),
@@ -111,9 +113,46 @@ def compile_plan(source: ir.Model, mesh: Mesh, shapes: Shapes, cuts: Mapping[str
     Raises:
         PartitionError: when the model cannot be kept exact on this mesh with these extents.
     """
-    model = source.clone()
     observers: list[Observer] = [] if dump_dir is None else [_dumper(dump_dir)]
-    return standard_pipeline(mesh, shapes, cuts, strict, purpose, order, steering).run(model, observers)
+    return standard_pipeline(mesh, shapes, cuts, strict, purpose, order, steering).run(source.clone(), observers)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as far as no mesh is needed, to be laid out many times; see `prepare`.
+
+    Args:
+        model: after `canonicalize`; stays as it is.
+    """
+
+    model: ir.Model
+    shapes: Shapes
+    strict: bool
+    purpose: Purpose
+
+    def lay_out(self, mesh: Mesh, cuts: Mapping[str, Cuts] | None = None, order: DepthFirst | None = None,
+                steering: Steering | None = None) -> ir.Model:
+        """The plan for a mesh: what `compile_plan` makes of the source.
+
+        Raises:
+            PartitionError: when the model cannot be kept exact on this mesh.
+        """
+        passes = standard_pipeline(mesh, self.shapes, cuts or {}, self.strict, self.purpose, order, steering)
+        return passes.run(self.model.clone(), begin=_MESHLESS)
+
+
+_MESHLESS = 1
+"""Passes of the standard pipeline, its first, that know nothing of the mesh."""
+
+
+def prepare(source: ir.Model, shapes: Shapes, strict: bool = False, purpose: Purpose = "inference") -> Prepared:
+    """Do once what all meshes have in common; the arguments are those of `compile_plan`.
+
+    Raises:
+        PartitionError: when the model cannot be kept exact with these extents, whatever the mesh.
+    """
+    passes = standard_pipeline(Mesh(()), shapes, {}, strict, purpose)
+    return Prepared(passes.run(source.clone(), end=_MESHLESS), shapes, strict, purpose)
 
 
 def _dumper(folder: Path) -> Callable[[int, Pass, ir.Model], None]:

@@ -47,7 +47,8 @@ def _rest(value: ir.Value, name: str) -> Rest:
 def _overlap(node: ir.Node, value: ir.Value, axis: int, name: str) -> int:
     """Cells of a value that are needed on both sides of a position in the middle of a reader's output."""
     if dialect.is_communication(node):
-        return max((_overlap(use.node, node.outputs[0], axis, name) for use in node.outputs[0].uses()), default=0)
+        results = [result for given, result in zip(node.inputs, node.outputs, strict=True) if given is value]
+        return max((_overlap(use.node, result, axis, name) for result in results for use in result.uses()), default=0)
     if name in dialect.get_partial(node):
         return 0
     found = 0

@@ -20,18 +20,16 @@ import onnx_ir.passes.common as library
 
 from partitioner import dialect
 from partitioner.errors import ShapeError, refuse_all
-from partitioner.mesh import Mesh
 from partitioner.ops.base import NothingLeft, Unsupported, WrongExtents
 from partitioner.ops.dtypes import disagreeing
 from partitioner.ops.nodes import forget, operator_of
 from partitioner.ops.opaque import Opaque
 from partitioner.ops.weights import weight_nodes
-from passes.apart import keep_apart
 from passes.base import Check, Pass
 from passes.checks import KNOWN, STATIC
 from passes.contrib import rewrite_contrib
 from passes.fold import Folder
-from passes.rewrite import Namer
+from passes.rewrite import Namer, name_nodes, name_results
 from passes.spellings import recognise
 from passes.unfold import hopeless, leave_out, unfold
 
@@ -50,7 +48,6 @@ class Canonicalize(Pass):
         strict: refuse what has no sharded rule instead of running it replicated.
         fold_norms: let a convolution's weights take up the batch norm, factors and summands after it; not for
             training, which needs them apart.
-        mesh: the axes that it splits are not merged behind others.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -59,7 +56,6 @@ class Canonicalize(Pass):
     shapes: Shapes = field(default_factory=dict[str, Sequence[int]])
     strict: bool = False
     fold_norms: bool = True
-    mesh: Mesh | None = None
 
     def apply(self, model: ir.Model) -> None:
         weights = frozenset[str]() if self.fold_norms else frozenset(map(str, model.graph.initializers))
@@ -73,11 +69,8 @@ class Canonicalize(Pass):
         _drop_copies(model, ("Identity", "Dropout") if self.fold_norms else ("Identity",))
         _spell_out(model)
         library.RemoveUnusedNodesPass()(model)
-        if self.mesh is not None:
-            keep_apart(model, self.mesh, not self.fold_norms)
-        library.RemoveUnusedNodesPass()(model)
-        _name_nodes(model.graph)
-        _name_results(model.graph)
+        name_nodes(model.graph)
+        name_results(model.graph)
         dialect.declare(model)
 
 
@@ -96,32 +89,10 @@ def prepare(model: ir.Model) -> None:
     library.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     rewrite_contrib(model)
     library.RemoveUnusedNodesPass()(model)
-    _name_nodes(model.graph)
+    name_nodes(model.graph)
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-
-
-def _name_nodes(graph: ir.Graph) -> None:
-    """Every node a name of its own: messages and the plan speak of nodes by name."""
-    taken: set[str] = set()
-    for index, node in enumerate(graph):
-        wish = node.name or f"{node.op_type}_{index}"
-        name, count = wish, 1
-        while name in taken:
-            name, count = f"{wish}_{count}", count + 1
-        taken.add(name)
-        node.name = name
-
-
-def _name_results(graph: ir.Graph) -> None:
-    """A name for every result before the last one that has one: a file cannot tell of values without a name."""
-    namer = Namer(graph)
-    for node in graph:
-        named = [index for index, value in enumerate(node.outputs) if value.name]
-        for index, value in enumerate(node.outputs[: max(named, default=0)]):
-            if not value.name:
-                value.name = namer(f"{node.name}.{index}")
 
 
 def bind_inputs(model: ir.Model, shapes: Shapes) -> None:

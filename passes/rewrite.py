@@ -31,6 +31,28 @@ class Namer:
         return name
 
 
+def name_nodes(graph: ir.Graph) -> None:
+    """Every node a name of its own: messages and the plan speak of nodes by name."""
+    taken: set[str] = set()
+    for index, node in enumerate(graph):
+        wish = node.name or f"{node.op_type}_{index}"
+        name, count = wish, 1
+        while name in taken:
+            name, count = f"{wish}_{count}", count + 1
+        taken.add(name)
+        node.name = name
+
+
+def name_results(graph: ir.Graph) -> None:
+    """A name for every result before the last one that has one: a file cannot tell of values without a name."""
+    namer = Namer(graph)
+    for node in graph:
+        named = [index for index, value in enumerate(node.outputs) if value.name]
+        for index, value in enumerate(node.outputs[: max(named, default=0)]):
+            if not value.name:
+                value.name = namer(f"{node.name}.{index}")
+
+
 def replace_input(node: ir.Node, index: int, value: ir.Value) -> None:
     """Let a node read another value."""
     node.replace_input_with(index, value)

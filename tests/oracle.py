@@ -29,6 +29,7 @@ from passes.canonicalize import Canonicalize
 from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
+from passes.keep_apart import KeepApart
 from passes.merge_exchanges import MergeExchanges
 from passes.pipeline import Observer, Pipeline
 from passes.schedule import Schedule, Storage
@@ -121,7 +122,7 @@ def pipeline(mesh: Mesh, cuts: Cuts | None = None, shapes: Mapping[str, Sequence
     """All passes."""
     chosen = {name: tuple(positions) for name, positions in (cuts or {}).items()}
     axes = () if rolled is None else (rolled,)
-    return Pipeline((Canonicalize(shapes or {}, mesh=mesh), AssignShards(mesh, chosen, axes), InsertReshards(),
+    return Pipeline((Canonicalize(shapes or {}), KeepApart(mesh), AssignShards(mesh, chosen, axes), InsertReshards(),
                      SplitReductions(), *((DeepenHalos(deepened),) if deepened else ()), InsertHaloExchanges(),
                      MergeExchanges(), Schedule(storage, rolled, thickness, strips)))
 

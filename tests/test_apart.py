@@ -21,6 +21,7 @@ from partitioner.loader import load_model
 from partitioner.mesh import Mesh
 from passes.canonicalize import Canonicalize
 from passes.expand import expand
+from passes.keep_apart import KeepApart
 from passes.pipeline import Pipeline
 from tests.oracle import compile_plan, run_lockstep, run_ort
 from tests.spellings import (
@@ -47,7 +48,7 @@ def signed(*shape: int, seed: int = 0) -> Array:
 
 def found_on(spelling: Spelling, mesh: str) -> list[str]:
     """The operators after canonicalize for a mesh."""
-    model = Pipeline((Canonicalize({}, mesh=Mesh.parse(mesh)),)).run(load_model(spelling.model()))
+    model = Pipeline((Canonicalize({}), KeepApart(Mesh.parse(mesh)))).run(load_model(spelling.model()))
     check_form(model, spelling.outputs)
     return operators(model)
 
@@ -396,5 +397,5 @@ def test_weights_train_as_those_of_the_whole_network(make: Callable[[], nn.Modul
 def test_dropouts_of_training_keep_their_axes() -> None:
     spelling = replace(HEAD, lines=["a = Flatten(x)", "d = Dropout(a)", "y = Gemm<transB=1>(d, w, b)"], opset=13)
     for fold_norms, wanted in ((True, ["Einsum", "Add"]), (False, ["Flatten", "Dropout", "Gemm"])):
-        passes = Canonicalize({}, fold_norms=fold_norms, mesh=Mesh.parse("height=2"))
-        assert operators(Pipeline((passes,)).run(load_model(spelling.model()))) == wanted
+        passes = (Canonicalize({}, fold_norms=fold_norms), KeepApart(Mesh.parse("height=2"), not fold_norms))
+        assert operators(Pipeline(passes).run(load_model(spelling.model()))) == wanted

@@ -41,26 +41,26 @@ _RULES: Mapping[type[Operator], Rule] = {**RULES, Gemm: read_gemm, MatMul: read_
 _NOTHING = frozenset[ir.Node]()
 
 
-def keep_apart(model: ir.Model, mesh: Mesh, trains: bool = False) -> None:
-    """Rewrite what merges an axis that the mesh splits behind another one, in place.
+def keep_apart(model: ir.Model, mesh: Mesh, trains: bool = False) -> bool:
+    """Rewrite what merges an axis that the mesh splits behind another one, in place; whether anything has changed.
 
     Args:
         trains: whether weights must stay as they are but for their extents, and dropouts need their axes as they are.
     """
     split = frozenset(name for name, count in mesh.axes if count > 1)
+    if not split:
+        return False
+    changed = _broadcast(model.graph)
     left: set[ir.Node] = set()
-    if split:
-        _broadcast(model.graph)
-    while split:
-        found = _followed(model, split, left, trains)
-        if not found.failed:
-            _rewrite(model, found, trains)
-            return
+    while (found := _followed(model, split, left, trains)).failed:
         left |= found.failed
+    _rewrite(model, found, trains)
+    return changed or bool(found.changes)
 
 
-def _broadcast(graph: ir.Graph) -> None:
+def _broadcast(graph: ir.Graph) -> bool:
     """Let what works cell by cell read a tensor that it broadcasts in place of one that was expanded before."""
+    changed = False
     for node in [n for n in graph if n.domain == "" and n.op_type == "Expand"]:
         source, (result,) = node.inputs[0], node.outputs
         assert source is not None
@@ -71,8 +71,11 @@ def _broadcast(graph: ir.Graph) -> None:
             if np.broadcast_shapes(*read) == dialect.shape_of(user.outputs[0]):
                 user.replace_input_with(index, source)
                 forget(user)
+                changed = True
         if not result.uses() and not result.is_graph_output():
             graph.remove(node, safe=True)
+            changed = True
+    return changed
 
 
 @dataclass
