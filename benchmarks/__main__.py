@@ -1,4 +1,6 @@
-"""`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite; `list` names the suites.
+"""`python -m benchmarks demo` shows the toolkit at work; `run` measures a suite of cases; `list` names the suites.
+
+`report` makes Markdown, CSV and pictures of results; `compare` holds two of them against one another.
 
 `seams` shows what a sliding window costs; `conformance` runs the onnx package's own node tests partitioned;
 `train` trains a 3D U-Net on shards; `forecast` holds what plans foretell against what is measured.
@@ -10,13 +12,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.errors import SideError, UsageError
+from benchmarks.suite_commands import add_commands
 from benchmarks.train_options import add_arguments
 
 _INTERRUPTED = 130
@@ -48,32 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
-
-
-def _run(options: argparse.Namespace) -> int:
-    from benchmarks.run import Options, run_suite
-    from benchmarks.suite import find_suite
-
-    suite = find_suite(options.suite).only(options.case)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    output = options.output or Path("benchmark-results") / f"{suite.name}-{stamp}.json"
-    chosen = Options(
-        repeats=_at_least(1, "--repeats", options.repeats),
-        threads=_at_least(1, "--threads", options.threads),
-        timeout=options.timeout,
-        output=output,
-    )
-    return run_suite(suite, chosen, Console())
-
-
-def _list(options: argparse.Namespace) -> int:
-    from benchmarks.suite import SUITES
-
-    for suite in SUITES:
-        print(f"{suite.name}: {suite.what}")
-        for case in suite.cases:
-            print(f"  {case.name}: {case.what} ({', '.join(side.name for side in case.sides)})")
-    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -172,14 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     seams.add_argument("--output", type=Path, default=Path("seams.png"), help="the picture")
     seams.set_defaults(command=_seams)
 
-    run = commands.add_parser("run", help="measure a suite")
-    run.add_argument("--suite", required=True, help="see: python -m benchmarks list")
-    run.add_argument("--case", help="only this case")
-    run.add_argument("--repeats", type=int, default=3, help="fresh processes per side")
-    run.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for each side in all")
-    run.add_argument("--timeout", type=float, default=600, help="seconds until a step counts as stuck")
-    run.add_argument("--output", type=Path, help="JSON file (default: benchmark-results/SUITE-TIME.json)")
-    run.set_defaults(command=_run)
+    add_commands(commands)
 
     tests = commands.add_parser("conformance", help="onnx's own node tests of every operator, partitioned")
     tests.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
@@ -194,8 +163,6 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     _add_forecast(commands)
-    shown = commands.add_parser("list", help="name suites, cases and sides")
-    shown.set_defaults(command=_list)
     return parser
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from benchmarks.curves import replace_file
-from benchmarks.results import CaseResult, SideResult, spread, table_of
+from benchmarks.results import CaseResult, SideResult
+from benchmarks.tables import seconds, table_of, two_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,11 +47,11 @@ def _cells(result: SideResult, whole: SideResult) -> Sequence[str]:
         return (state, "", "", "", "", budget)
     samples = result.samples
     return (
-        spread([s.seconds for s in samples], 1, 2),
-        _ratio(_seconds(result), _seconds(whole)),
-        spread([s.rise_bytes for s in samples], 1e6, 0),
+        two_lines([s.seconds for s in samples], 1, 2),
+        _ratio(seconds(result), seconds(whole)),
+        two_lines([s.rise_bytes for s in samples], 1e6, 0),
         _ratio(_rise(result), _rise(whole)),
-        spread([s.peak_bytes for s in samples], 1e6, 0),
+        two_lines([s.peak_bytes for s in samples], 1e6, 0),
         budget,
         short_schedule(samples[-1].schedule),
         "" if result.difference is None else f"{result.difference:.1e}",
@@ -86,10 +87,6 @@ def least(result: CaseResult) -> int | None:
     return round(max(bytes_)) + _MARGIN_BYTES if bytes_ else None
 
 
-def _seconds(result: SideResult) -> float | None:
-    return statistics.median(s.seconds for s in result.samples) if result.samples else None
-
-
 def _rise(result: SideResult) -> float | None:
     return statistics.median(s.rise_bytes for s in result.samples) if result.samples else None
 
@@ -112,12 +109,12 @@ def draw(result: CaseResult, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     measured = [side for side in result.sides if side.samples]
-    own = [side for side in measured if side.side.kind == "partitioned"]
+    own = [side for side in measured if side.side.own]
     _mark(axes, sorted(own, key=lambda s: _rise(s) or 0), "whole volume and budgets", _OWN, "o-")
     for place, side in enumerate(s for s in measured if s not in own):
         _mark(axes, [side], side.side.name, _OTHERS[place % len(_OTHERS)], "sD^v"[place % 4])
     for side in own:
-        axes.annotate(side.side.name, (_megabytes(side), _seconds(side) or 0), (5, 5), textcoords="offset points",
+        axes.annotate(side.side.name, (_megabytes(side), seconds(side) or 0), (5, 5), textcoords="offset points",
                       fontsize="small", color=_OWN)
     axes.set(title=f"{result.case.name}: {result.case.what}", xlabel="peak memory over the idle process, MB",
              ylabel="seconds")
@@ -133,7 +130,7 @@ def _mark(axes: Axes, sides: Sequence[SideResult], label: str, colour: str, styl
     """Medians, and bars from the lowest to the highest sample."""
     if not sides:
         return
-    middles = [_seconds(side) or 0 for side in sides]
+    middles = [seconds(side) or 0 for side in sides]
     times = [[s.seconds for s in side.samples] for side in sides]
     below = [middle - min(found) for middle, found in zip(middles, times, strict=True)]
     above = [max(found) - middle for middle, found in zip(middles, times, strict=True)]

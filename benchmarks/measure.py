@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,49 +14,26 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.errors import SideError, SideRefusal
 from benchmarks.memory import ALLOCATOR, Level, level, sampled
-from benchmarks.peers import Traffic
+from benchmarks.results import Sample
+from benchmarks.runner import Traffic
 from benchmarks.suite import Side
 from benchmarks.worker import Job
 
 _SETTLE_SECONDS = 0.3
 _GRACE_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One process's measurements; memory in bytes over the whole process tree.
-
-    `first_seconds` is the first run (it allocates, and chooses kernels), `seconds` the one after it; the peak
-    is the higher of both.  `process_bytes` is the highest rise of any single process.  `counted` is what the
-    transport sent, `forecast` what the plan said; None for a side that has no shards.  `opening_bytes` is the peak
-    while the network is loaded and planned, `schedule` the way in which a plan goes through the volume depth-first.
-    """
-
-    setup_seconds: float
-    first_seconds: float
-    seconds: float
-    idle_bytes: int
-    peak_bytes: int
-    process_bytes: int
-    counted: Traffic | None
-    forecast: Traffic | None
-    opening_bytes: int
-    schedule: str | None
-
-    @property
-    def rise_bytes(self) -> int:
-        """Peak memory over the idle level."""
-        return self.peak_bytes - self.idle_bytes
+_STEADY_SECONDS = 3
+_STEADY_RUNS = 9
+_REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""Settings of glibc's allocator under which freed blocks stay in the process and serve again."""
 
 
 def measure(job: Job, side: Side, timeout: float, save: Path | None = None) -> Sample:
-    """Open the side in a fresh process, run it twice, and end the process.
+    """Open the side in a fresh process, run it once and then for some seconds (once at least), and end the process.
 
     Args:
         job: what the process opens.
@@ -76,23 +54,36 @@ def measure(job: Job, side: Side, timeout: float, save: Path | None = None) -> S
         idle = level(worker.pid)
         with sampled(worker.pid) as sampler:
             first = worker.ask("run")
-            second = worker.ask("run")
+            runs = _steady(worker)
             peak = sampler.stop()
         if save is not None:
             worker.ask(f"save {save}")
         worker.quit()
+    rises = _rises(idle, peak.private)
+    times = tuple(run["seconds"] for run in runs)
     return Sample(
         setup_seconds=opened["setup_seconds"],
         first_seconds=first["seconds"],
-        seconds=second["seconds"],
+        seconds=statistics.median(times),
         idle_bytes=idle.total,
         peak_bytes=peak.total,
-        process_bytes=_largest_rise(idle, peak.private),
-        counted=_traffic(second["counted"]),
+        process_bytes=rises[0],
+        counted=_traffic(runs[-1]["counted"]),
         forecast=_traffic(opened["forecast"]),
         opening_bytes=opening.total,
         schedule=opened["schedule"],
+        runs=times,
+        processes_bytes=rises,
+        device_bytes=runs[-1]["device_bytes"],
     )
+
+
+def _steady(worker: _Worker) -> list[dict[str, Any]]:
+    """Runs after the first: as many as fit in some seconds, so that short ones are not left to chance."""
+    runs = [worker.ask("run")]
+    while len(runs) < _STEADY_RUNS and sum(run["seconds"] for run in runs) < _STEADY_SECONDS:
+        runs.append(worker.ask("run"))
+    return runs
 
 
 def compute(job: Job, side: Side, timeout: float, save: Path) -> None:
@@ -109,8 +100,8 @@ def compute(job: Job, side: Side, timeout: float, save: Path) -> None:
         worker.quit()
 
 
-def _largest_rise(idle: Level, peak: dict[int, int]) -> int:
-    return max(value - idle.private.get(process, 0) for process, value in peak.items())
+def _rises(idle: Level, peak: dict[int, int]) -> tuple[int, ...]:
+    return tuple(sorted((value - idle.private.get(process, 0) for process, value in peak.items()), reverse=True))
 
 
 def _traffic(fields: dict[str, int] | None) -> Traffic | None:
@@ -191,8 +182,10 @@ class _Worker:
 @contextmanager
 def _worker(job: Job, side: Side, timeout: float) -> Generator[_Worker]:
     share = str(max(1, job.threads // side.processes))  # each rank's, where the ranks are processes
-    settings = ALLOCATOR if job.tight else {}
-    environment = {**os.environ, **settings, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+    settings = ALLOCATOR if job.tight else _REUSE if side.reuse else {}
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(Path(job.model).with_name("inductor")),
+                "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = {**os.environ, **compiled, **settings, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
     command = [sys.executable, "-m", "benchmarks.worker", job.to_json()]
     with (
         tempfile.TemporaryFile() as errors,

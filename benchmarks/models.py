@@ -27,7 +27,7 @@ Norm: TypeAlias = Literal["instance", "batch", "none"]
 Down: TypeAlias = Literal["stride", "maxpool"]
 Up: TypeAlias = Literal["transpose", "trilinear"]
 Exporter: TypeAlias = Literal["dynamo", "torchscript"]
-DType: TypeAlias = Literal["float32", "float64"]
+DType: TypeAlias = Literal["float32", "float64", "bfloat16"]
 
 _CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

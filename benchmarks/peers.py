@@ -4,52 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.errors import SideRefusal
 from benchmarks.models import INPUT_NAME, OUTPUT_NAME
-from benchmarks.suite import Backend, Case, Side
+from benchmarks.runner import Runner, Traffic
+from benchmarks.suite import Backend, Case, Device, Side
 
 if TYPE_CHECKING:
     import partitioner as pt
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What one forward pass sends between shards, all ranks together, and the most memory of one process."""
-
-    sent_bytes: int
-    messages: int
-    rank_bytes: int
-
-
-class Runner(Protocol):
-    """A network ready to run, its weights in memory; what it says of itself by default is that of a whole network."""
-
-    def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits of one forward pass."""
-        ...
-
-    def forecast(self) -> Traffic | None:
-        """What the plan predicts; None for a side that predicts nothing."""
-        return None
-
-    def counted(self) -> Traffic | None:
-        """What the last pass counted at the transport; None for a side that sends nothing."""
-        return None
-
-    def schedule(self) -> str | None:
-        """How the plan is executed depth-first; None where the volume is taken whole."""
-        return None
-
-
 @contextmanager
-def opened(side: Side, case: Case, model: Path, threads: int, budget: int | None = None) -> Generator[Runner]:
+def opened(
+    side: Side, case: Case, model: Path, threads: int, budget: int | None = None, device: Device = "cpu"
+) -> Generator[Runner]:
     """The side's runner, using `threads` threads in all (each process its share).
 
     Raises:
@@ -60,17 +33,38 @@ def opened(side: Side, case: Case, model: Path, threads: int, budget: int | None
 
         with opened_training(side, case, threads) as runner:
             yield runner
-    elif side.kind == "torch eager":
-        yield _Eager(case, threads)
-    elif side.kind == "onnxruntime":
-        yield _OnnxRuntime(model, threads)
-    elif side.kind == "sliding window":
-        yield _SlidingWindow(side, case, threads)
-    elif side.kind == "float64":
-        yield _Float64(case, threads)
-    else:
+    elif side.kind in ("naive gloo", "careful gloo"):
+        from benchmarks.peers_gloo import opened_gloo
+
+        with opened_gloo(side, case, threads) as runner:
+            yield runner
+    elif device == "cuda":
+        from benchmarks.peers_device import opened_on_device
+
+        with opened_on_device(side, case, model, device) as runner:
+            yield runner
+    elif side.own:
         with _partitioned(side, case, model, threads, budget) as runner:
             yield runner
+    else:
+        yield _in_process(side, case, model, threads)
+
+
+def _in_process(side: Side, case: Case, model: Path, threads: int) -> Runner:
+    """A peer that computes the whole volume in this process."""
+    if side.kind == "jax":
+        from benchmarks.peers_jax import Jax
+
+        return Jax(side, case, threads)
+    if side.kind == "onnxruntime":
+        return _OnnxRuntime(model, threads)
+    if side.kind == "torch.compile":
+        return _Compiled(case, threads)
+    if side.kind == "torch channels last":
+        return _ChannelsLast(case, threads)
+    if side.kind == "sliding window":
+        return _SlidingWindow(side, case, threads)
+    return _Float64(case, threads) if side.kind == "float64" else _Eager(case, threads)
 
 
 class _Eager(Runner):
@@ -86,6 +80,46 @@ class _Eager(Runner):
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
         with self._torch.inference_mode():
             return self._network(self._torch.from_numpy(volume)).numpy()
+
+
+class _ChannelsLast(_Eager):
+    """The same with weights and activations in the memory format that oneDNN is fastest with."""
+
+    def __init__(self, case: Case, threads: int) -> None:
+        super().__init__(case, threads)
+        three = self._torch.channels_last_3d if len(case.shape) == 5 else self._torch.channels_last
+        self._format = three
+        self._network = self._network.to(memory_format=three)  # pyright: ignore[reportCallIssue]
+
+    def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._torch.inference_mode():
+            laid_out = self._torch.from_numpy(volume).contiguous(memory_format=self._format)
+            return self._network(laid_out).numpy()
+
+
+class _Compiled(_Eager):
+    """The module through torch.compile, compiled for the extents before the first run."""
+
+    def __init__(self, case: Case, threads: int) -> None:
+        super().__init__(case, threads)
+        refuse_without_compiler()
+        self._network = self._torch.compile(self._network, dynamic=False)
+        self.run(np.zeros(case.shape, np.float32))
+
+
+def refuse_without_compiler() -> None:
+    """torch.compile writes C++ for the CPU.
+
+    Raises:
+        SideRefusal: where nothing can compile that.
+    """
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise SideRefusal("torch.compile needs a C++ compiler; there is none, install g++") from None
 
 
 class _SlidingWindow(_Eager):
@@ -138,7 +172,7 @@ class _OnnxRuntime(Runner):
         return np.asarray(self._session.run([OUTPUT_NAME], {INPUT_NAME: volume})[0])
 
 
-class _Partitioned(Runner):
+class Partitioned(Runner):
     """The exported file through the toolkit, in a session that stays open."""
 
     def __init__(self, plan: pt.Plan, session: pt.Session, backend: Backend) -> None:
@@ -157,8 +191,8 @@ class _Partitioned(Runner):
     def counted(self) -> Traffic:
         report = self._session.last_run
         assert report is not None
-        sent = sum(rank.sent_bytes for rank in report.ranks)
-        return Traffic(sent, sum(rank.messages for rank in report.ranks), report.peak_bytes)
+        sent, messages = ([getattr(r, name) for r in report.ranks] for name in ("sent_bytes", "messages"))
+        return Traffic(sum(sent), sum(messages), report.peak_bytes, max(sent), max(messages))
 
     def schedule(self) -> str | None:
         return self._schedule
@@ -184,4 +218,4 @@ def _partitioned(side: Side, case: Case, model: Path, threads: int, budget: int 
             raise
         raise SideRefusal(str(error)) from None
     with plan.session(backend=side.backend, threads=max(1, threads // side.processes)) as session:
-        yield _Partitioned(plan, session, side.backend)
+        yield Partitioned(plan, session, side.backend)

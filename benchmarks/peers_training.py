@@ -7,54 +7,39 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
-from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ranks import Ranks, Step, opened_ranks
+from benchmarks.runner import Runner
 from benchmarks.suite import Case, Side, example_classes, example_input
 
 Array: TypeAlias = NDArray[np.float32]
 
 _LEARNING_RATE = 1e-3
 _MOMENTUM = 0.9
-_GRACE_SECONDS = 10
 
 
 @contextmanager
-def opened_training(side: Side, case: Case, threads: int) -> Generator[TrainingRunner]:
-    """The side's runner, using `threads` threads in all (each process its share)."""
-    if side.kind == "partitioned" and side.backend == "gloo":
-        with _ranks(side, case, max(1, threads // side.processes)) as pipes:
-            yield _Ranks(pipes)
+def opened_training(side: Side, case: Case, threads: int) -> Generator[Runner]:
+    """The side's runner, using `threads` threads in all (each process its share).
+
+    One run takes a step and returns all parameters' gradients, in the order of their names.
+    """
+    if side.own and side.backend == "gloo":
+        share = max(1, threads // side.processes)
+        with opened_ranks(side.processes, partial(_rank, side, case, share)) as ranks:
+            yield _Ranks(ranks)
     else:
         yield _Here(side, case, threads)
 
 
-class TrainingRunner:
-    """A network ready to take steps, its weights in memory."""
-
-    def run(self, volume: Array) -> Array:
-        """Take a step; all parameters' gradients, in the order of their names."""
-        raise NotImplementedError
-
-    def forecast(self) -> None:
-        """A plan says nothing of training yet."""
-
-    def counted(self) -> None:
-        """A module does not say what it sends."""
-
-    def schedule(self) -> None:
-        """Training is not executed depth-first."""
-
-
-class _Here(TrainingRunner):
+class _Here(Runner):
     """A module in this process: torch's own, or a plan's with all shards, or with that of this rank."""
 
     def __init__(self, side: Side, case: Case, threads: int) -> None:
@@ -65,7 +50,7 @@ class _Here(TrainingRunner):
         torch.set_num_threads(threads)
         network: Any = case.network.build()
         self._losses = None
-        if side.kind == "partitioned":
+        if side.own:
             network = pt.partition(network, torch.zeros(case.shape), mesh=side.mesh, train=True).module()
             self._losses = pt.losses
         self._module = network.train()
@@ -103,76 +88,25 @@ class _Here(TrainingRunner):
         return np.ascontiguousarray(labels[tuple(slice(i.start, i.stop) for i in (batch, *space))])
 
 
-class _Ranks(TrainingRunner):
+class _Ranks(Runner):
     """Processes that each hold a shard; all take the step, the first one's gradients are the sums."""
 
-    def __init__(self, pipes: list[Connection]) -> None:
-        self._pipes = pipes
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
 
     def run(self, volume: Array) -> Array:
         """Let all take a step."""
-        for pipe in self._pipes:
-            pipe.send("step")
-        gradients, *_ = [_received(pipe) for pipe in self._pipes]
-        return gradients
+        return self._ranks.step()[0]
 
 
-@contextmanager
-def _ranks(side: Side, case: Case, threads: int) -> Generator[list[Connection]]:
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    spawn = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
-    processes: list[Any] = []
-    try:
-        for rank in range(side.processes):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, store.port, side, case, threads, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        for pipe in pipes:
-            _received(pipe)
-        yield pipes
-    finally:
-        for pipe in pipes:
-            with suppress(OSError):
-                pipe.send("quit")
-        for process in processes:
-            process.join(_GRACE_SECONDS)
-            process.kill()
-
-
-def _received(pipe: Connection) -> Any:
-    try:
-        found = pipe.recv()
-    except (EOFError, ConnectionResetError):
-        raise ConnectionError("a rank has ended without a word") from None
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-def _serve(rank: int, port: int, side: Side, case: Case, threads: int, pipe: Connection) -> None:
-    """A rank: takes steps on its own part of the volume as long as it is told to."""
+def _rank(side: Side, case: Case, threads: int) -> Step:
+    """A rank's steps on its own part of the volume; gradients come from rank 0 alone."""
     import torch.distributed as dist
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    if Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
-    store = TCPStore("127.0.0.1", port, is_master=False)
-    try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=side.processes)
-        runner = _Here(side, case, threads)
-        volume = runner.own_input(example_input(case))
-        pipe.send("ready")
-        while pipe.recv() == "step":
-            gradients = runner.run(volume)
-            pipe.send(gradients if rank == 0 else None)
-        dist.destroy_process_group()
-    except EOFError:
-        return
-    except Exception as error:
-        pipe.send(RuntimeError(f"rank {rank}: {type(error).__name__}: {error}"))
+    runner = _Here(side, case, threads)
+    volume = runner.own_input(example_input(case))
+    return lambda: _only(runner.run(volume), dist.get_rank() == 0)
+
+
+def _only(gradients: Array, wanted: bool) -> Array | None:
+    return gradients if wanted else None

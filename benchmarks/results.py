@@ -1,30 +1,56 @@
-"""Results as values, as JSON, and as a table."""
+"""Results as values, and as JSON that is written after every sample and read again by `report` and `compare`."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
+from benchmarks.environment import environment
+from benchmarks.errors import UsageError
+from benchmarks.limits import Limits, Work
+from benchmarks.models import ResNetConfig, UNetConfig
+from benchmarks.runner import Traffic
+from benchmarks.suite import Bar, Case, Side, Suite, Window
 
-from benchmarks.measure import Sample
-from benchmarks.suite import Case, Side, Suite
+FORMAT = 2
+_NETWORKS = {"UNetConfig": UNetConfig, "ResNetConfig": ResNetConfig}
 
-FORMAT = 1
-_PACKAGES = ("partitioner", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
+
+@dataclass(frozen=True)
+class Sample:
+    """One process's measurements; memory in bytes over the whole process tree.
+
+    `first_seconds` is the first run (it allocates, and chooses kernels), `seconds` the median of `runs` after it; the
+    peak is the highest of all.  `process_bytes` is the highest rise of any single process, `processes_bytes` that of
+    each, highest first.  `counted` is what the transport sent, `forecast` what the plan said; None for a side that has
+    no shards.  `opening_bytes` is the peak while the network is loaded and planned, `schedule` the way in which a plan
+    goes through the volume depth-first.  `device_bytes` is what an accelerator held beyond the idle process.
+    """
+
+    setup_seconds: float
+    first_seconds: float
+    seconds: float
+    idle_bytes: int
+    peak_bytes: int
+    process_bytes: int
+    counted: Traffic | None = None
+    forecast: Traffic | None = None
+    opening_bytes: int = 0
+    schedule: str | None = None
+    runs: tuple[float, ...] = ()
+    processes_bytes: tuple[int, ...] = ()
+    device_bytes: int | None = None
+
+    @property
+    def rise_bytes(self) -> int:
+        """Peak memory over the idle level; the accelerator's where there is one."""
+        return self.peak_bytes - self.idle_bytes if self.device_bytes is None else self.device_bytes
 
 
 @dataclass
@@ -43,21 +69,34 @@ class SideResult:
     budget: int | None = None
     refusal: str | None = None
 
+    @property
+    def state(self) -> str:
+        """Why there are no samples, in a word or in full."""
+        if self.failure:
+            return f"failed: {self.failure}"
+        return f"not here: {self.refusal}" if self.refusal else "not run"
+
 
 @dataclass
 class CaseResult:
-    """A case with its sides in order, and what else is to be said of it."""
+    """A case with its sides in order, the machine's limits as found beside them, and what else is to be said of it."""
 
     case: Case
     sides: list[SideResult]
     notes: list[str] = field(default_factory=list)
+    limits: list[Limits] = field(default_factory=list)
+    work: Work | None = None
+
+    def side(self, name: str) -> SideResult | None:
+        """The side of this name."""
+        return next((found for found in self.sides if found.side.name == name), None)
 
 
 @dataclass
 class Results:
     """All that a run of a suite found; grows while it runs."""
 
-    suite: Suite
+    suite: str
     threads: int
     repeats: int
     cases: list[CaseResult]
@@ -68,7 +107,7 @@ class Results:
     def empty(cls, suite: Suite, threads: int, repeats: int) -> Results:
         """The results before anything ran."""
         cases = [CaseResult(case, [SideResult(side) for side in case.sides]) for case in suite.cases]
-        return cls(suite, threads, repeats, cases, environment())
+        return cls(suite.name, threads, repeats, cases, environment())
 
     @property
     def failed(self) -> bool:
@@ -79,7 +118,7 @@ class Results:
         """The JSON document: times in seconds, memory in bytes."""
         return {
             "format": FORMAT,
-            "suite": self.suite.name,
+            "suite": self.suite,
             "interrupted": self.interrupted,
             "settings": {"threads": self.threads, "repeats": self.repeats},
             **self.environment,
@@ -92,95 +131,62 @@ class Results:
         Raises:
             OSError: when the path cannot be written.
         """
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
 
 
-_COLUMNS = ("time s", "memory\nMB", "process\nMB", "forecast\nMB", "sent\nMB", "mes-\nsages", "differ-\nence")
-_LEGEND = (
-    "memory: rise over the idle processes, all of them together; process: the largest single one, and what the "
-    "plan forecasts for it; difference: max|a-b| / max|b| from {first}"
-)
+def load(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        UsageError: when it cannot be read, is no file of results, or is one of another version.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise UsageError(f"{path}: is not JSON; give a file that `python -m benchmarks run` wrote") from None
+    if not isinstance(found, dict) or not {"format", "suite", "cases"} <= found.keys():
+        raise UsageError(f"{path}: is no result of `python -m benchmarks run`")
+    if found["format"] != FORMAT:
+        raise UsageError(f"{path}: has version {found['format']}, this program reads {FORMAT}; measure again, or use "
+                         f"the commit that wrote it ({str(found.get('commit'))[:12]})")
+    try:
+        return _restored(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: is damaged ({type(error).__name__}: {error}); measure again") from None
 
 
-def table(result: CaseResult) -> Table:
-    """The case as a table: medians, below them the lowest and the highest; failures in the caption."""
-    notes = [_LEGEND.format(first=result.case.sides[0].name)]
-    notes += [f"{side.side.name}: {side.failure}" for side in result.sides if side.failure]
-    return table_of(result, _COLUMNS, [_cells(side) for side in result.sides], notes)
+def spread(values: Sequence[float], unit: float = 1, digits: int = 2) -> tuple[str, str]:
+    """The median, and the lowest to the highest (nothing where they are the same)."""
+    low, middle, high = (f"{v / unit:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    return middle, "" if low == high else f"{low}-{high}"
 
 
-def table_of(result: CaseResult, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> Table:
-    """A table with a row of cells for each side of a case, and notes below it."""
-    case = result.case
-    found = Table(
-        title=f"{case.name}: {case.what}",
-        title_justify="left",
-        caption=escape("\n".join(notes)),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    found.add_column("", no_wrap=True)
-    for column in columns:
-        found.add_column(column, justify="right", no_wrap=True)
-    for side, cells in zip(result.sides, rows, strict=True):
-        found.add_row(side.side.name, *cells)
-    return found
-
-
-def _cells(result: SideResult) -> Sequence[str]:
-    if not result.samples:
-        return ("failed" if result.failure else "not run",)
-    samples = result.samples
-    counted, forecast = samples[-1].counted, samples[-1].forecast
-    return (
-        spread([s.seconds for s in samples], 1, 2),
-        spread([s.rise_bytes for s in samples], 1e6, 0),
-        spread([s.process_bytes for s in samples], 1e6, 0),
-        "" if forecast is None else f"{forecast.rank_bytes / 1e6:.0f}",
-        "" if counted is None else f"{counted.sent_bytes / 1e6:.2f}",
-        "" if counted is None else str(counted.messages),
-        "" if result.difference is None else f"{result.difference:.1e}",
-    )
-
-
-def spread(values: Sequence[float], unit: float, digits: int) -> str:
-    """The median, and below it the lowest and the highest."""
-    low, middle, high = (
-        f"{value / unit:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
-    )
-    return middle if low == high else f"{middle}\n[dim]{low}-{high}[/dim]"
+# --- to JSON ------------------------------------------------------------------------------------------
 
 
 def _case_dict(result: CaseResult) -> dict[str, Any]:
-    case = result.case
+    case = asdict(result.case)
+    network = {"kind": type(result.case.network).__name__, **case.pop("network")}
     return {
-        "name": case.name,
-        "what": case.what,
-        "task": case.task,
-        "network": {"kind": type(case.network).__name__, **asdict(case.network)},
-        "shape": case.shape,
+        **case,
+        "network": network,
         "notes": result.notes,
+        "limits": [asdict(limits) for limits in result.limits],
+        "work": None if result.work is None else asdict(result.work),
         "sides": [_side_dict(side) for side in result.sides],
     }
 
 
 def _side_dict(result: SideResult) -> dict[str, Any]:
-    numbers = (
-        "setup_seconds",
-        "first_seconds",
-        "seconds",
-        "idle_bytes",
-        "peak_bytes",
-        "rise_bytes",
-        "process_bytes",
-        "opening_bytes",
-    )
+    numbers = ("setup_seconds", "first_seconds", "seconds", "idle_bytes", "peak_bytes", "rise_bytes", "process_bytes",
+               "opening_bytes")
     return {
         **asdict(result.side),
         "difference": result.difference,
@@ -198,62 +204,41 @@ def _summary(values: Sequence[float]) -> dict[str, float] | None:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def environment() -> dict[str, Any]:
-    """When, where and with what the figures are made, as it is before the first of them."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-    }
+# --- from JSON ----------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    """The processor, its cores, the memory, the system and the load that others put on it."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-    }
+def _restored(found: dict[str, Any]) -> Results:
+    kept = {name: found[name] for name in ("started", "machine", "versions", "commit")}
+    cases = [_restored_case(case) for case in found["cases"]]
+    settings = found["settings"]
+    return Results(found["suite"], settings["threads"], settings["repeats"], cases, kept, found["interrupted"])
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _restored_case(found: dict[str, Any]) -> CaseResult:
+    found = dict(found)
+    network = dict(found.pop("network"))
+    sides = [_restored_side(side) for side in found.pop("sides")]
+    notes, limits, work = found.pop("notes"), found.pop("limits"), found.pop("work")
+    found["network"] = _NETWORKS[network.pop("kind")](**_tuples(network))
+    found["bars"] = tuple(Bar(**bar) for bar in found["bars"])
+    case = Case(**_tuples(found), sides=tuple(side.side for side in sides))
+    return CaseResult(case, sides, notes, [Limits(**one) for one in limits], None if work is None else Work(**work))
 
 
-def versions() -> dict[str, str]:
-    """The packages that the figures depend on."""
-    found: dict[str, str] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "from the source tree" if name == "partitioner" else "missing"
-    return found
+def _restored_side(found: dict[str, Any]) -> SideResult:
+    found = dict(found)
+    found.pop("summary")
+    samples = [_restored_sample(sample) for sample in found.pop("samples")]
+    outcome = [found.pop(name) for name in ("difference", "failure", "budget_bytes", "refusal")]
+    window = found.pop("window")
+    side = Side(**found, window=None if window is None else Window(**window))
+    return SideResult(side, samples, *outcome)
 
 
-def commit() -> str | None:
-    """The checkout's commit, `+changes` where files differ from it; None outside a checkout."""
-    head = _git("rev-parse", "HEAD")
-    if head is None:
-        return None
-    return f"{head}+changes" if _git("status", "--porcelain") else head
+def _restored_sample(found: dict[str, Any]) -> Sample:
+    traffic = {name: None if found[name] is None else Traffic(**found[name]) for name in ("counted", "forecast")}
+    return Sample(**_tuples(found | traffic))
 
 
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

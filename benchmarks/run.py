@@ -11,11 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from benchmarks import budgets
+from benchmarks import budgets, limits, tables
 from benchmarks.errors import SideError, SideRefusal, UsageError
 from benchmarks.measure import compute, measure
-from benchmarks.results import CaseResult, Results, SideResult, table
-from benchmarks.suite import FLOAT64, Side, Suite, exported
+from benchmarks.results import CaseResult, Results, SideResult
+from benchmarks.suite import Side, Suite, exported
+from benchmarks.suites import FLOAT64
 from benchmarks.worker import Job
 
 
@@ -35,32 +36,42 @@ def run_suite(suite: Suite, options: Options, console: Console) -> int:
     Returns 0, 1 when a side failed, or 130 when interrupted; what is finished is printed and kept.
 
     Raises:
-        UsageError: when the output cannot be written.
+        UsageError: when the suite's device is not here, or the output cannot be written.
     """
     results = Results.empty(suite, options.threads, options.repeats)
+    if suite.device == "cuda":
+        results.environment["machine"]["accelerator"] = _accelerator(suite)
     _save(results, options.output)
     # A polite end of the process, as a batch system asks for it, is an interruption like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _measure_all(results, options, Path(folder), console)
+            _measure_all(results, suite, options, Path(folder), console)
     except KeyboardInterrupt:
         results.interrupted = True
         _save(results, options.output)
+    wide = Console(file=console.file, width=max(console.width, budgets.WIDTH, tables.WIDTH))
     for case in results.cases:
         if case.case.task == "budgets":
-            wide = Console(file=console.file, width=max(console.width, budgets.WIDTH))
             wide.print(budgets.table(case))
             _draw(case, options.output, console)
         else:
-            console.print(table(case))
-    console.print(f"{'interrupted; ' if results.interrupted else ''}results in {options.output}")
+            wide.print(tables.table(case, options.repeats))
+    console.print(f"{'interrupted; ' if results.interrupted else ''}results in {options.output}", soft_wrap=True)
     if results.interrupted:
         return 130
     return 1 if results.failed else 0
 
 
-def _measure_all(results: Results, options: Options, folder: Path, console: Console) -> None:
+def _accelerator(suite: Suite) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"suite '{suite.name}' needs a CUDA device; torch sees none here")
+    return torch.cuda.get_device_name()
+
+
+def _measure_all(results: Results, suite: Suite, options: Options, folder: Path, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         total = options.repeats * sum(len(case.sides) for case in results.cases)
@@ -72,6 +83,8 @@ def _measure_all(results: Results, options: Options, folder: Path, console: Cons
                 progress.update(task, description=f"{case.case.name}: computing in float64")
                 _compute_float64(results, case, model, options)
             for repeat in range(options.repeats):
+                progress.update(task, description=f"{case.case.name}: the machine's limits")
+                _measure_limits(case, suite, options)
                 for side in case.sides:
                     if side.failure or side.refusal:
                         progress.advance(task)
@@ -80,6 +93,17 @@ def _measure_all(results: Results, options: Options, folder: Path, console: Cons
                     _measure_side(results, case, side, model, repeat, options)
                     _save(results, options.output)
                     _advance(progress, task, case.case.name, side, repeat, options.repeats)
+
+
+def _measure_limits(case: CaseResult, suite: Suite, options: Options) -> None:
+    """Once in every round, for other work on the machine changes them; what fails is noted once and left."""
+    if not case.case.limits or any("limits of the machine" in note for note in case.notes):
+        return
+    case.work = case.work or limits.work(case.case)
+    try:
+        case.limits.append(limits.measured(options.threads, suite.device, case.case.dtype, options.timeout))
+    except SideError as error:
+        case.notes.append(str(error))
 
 
 def _measure_side(
@@ -105,7 +129,7 @@ def _job(
     results: Results, case: CaseResult, side: Side, model: Path, options: Options, budget: int | None = None
 ) -> Job:
     tight = case.case.task == "budgets"
-    return Job(results.suite.name, case.case.name, side.name, str(model), options.threads, budget, tight)
+    return Job(results.suite, case.case.name, side.name, str(model), options.threads, budget, tight)
 
 
 def _output(model: Path, case: CaseResult, side: Side) -> Path:

@@ -1,4 +1,4 @@
-"""What is measured, as data: suites of cases; a case is a network, a shape and the sides compared."""
+"""What a measurement is made of, as values: suites of cases; a case is a network, a shape, the sides and the bars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.errors import UsageError
-from benchmarks.models import Norm, ResNetConfig, UNetConfig, export
-from benchmarks.phantom import CLASS_NAMES, DEFAULT_SHAPE, phantom
+from benchmarks.models import DType, ResNetConfig, UNetConfig, export
+from benchmarks.phantom import CLASS_NAMES, phantom
 
-Kind: TypeAlias = Literal["torch eager", "onnxruntime", "partitioned", "sliding window", "float64"]
+Kind: TypeAlias = Literal[
+    "partitioned",
+    "torch eager",
+    "torch channels last",
+    "torch.compile",
+    "onnxruntime",
+    "jax",
+    "naive gloo",
+    "careful gloo",
+    "sliding window",
+    "float64",
+]
 Backend: TypeAlias = Literal["lockstep", "gloo"]
 Task: TypeAlias = Literal["inference", "training", "budgets"]
+Device: TypeAlias = Literal["cpu", "cuda"]
+Measure: TypeAlias = Literal["time", "memory", "process", "sent per rank", "messages per rank"]
 
 # The network of the demo: Hounsfield units go in, so its first step is a soft-tissue window.
 DEMO_NETWORK = UNetConfig(classes=len(CLASS_NAMES), levels=4, base=16, window=(40.0, 200.0))
@@ -33,12 +46,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Side:
-    """One way of computing a case; `mesh` and `backend` are those of a partitioned side.
+    """One way of computing a case; `mesh` is that of a side that splits the volume.
 
     Args:
+        backend: a partitioned side's.
+        processes: those that share the threads.
         share: a partitioned side's memory budget: this part of what the case's first side takes over its idle
             process, added to that idle process; 0 for the least that a side refused before it was told to give.
         window: a sliding window's.
+        reuse: the process keeps freed memory for its next blocks instead of giving it back to the system.
     """
 
     name: str
@@ -48,6 +64,36 @@ class Side:
     processes: int = 1
     share: float | None = None
     window: Window | None = None
+    reuse: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether this is the toolkit, and no peer."""
+        return self.kind == "partitioned"
+
+    @property
+    def shards(self) -> int:
+        """Parts of the volume: `depth=2,height=2` has 4."""
+        return 1 if self.mesh == "single" else int(np.prod([int(axis.split("=")[1]) for axis in self.mesh.split(",")]))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a case must reach: the side's measure over that of another side, or alone, is at most this.
+
+    Measures: `time` in seconds; `memory` of all processes and `process` of the largest one, as rises over idle
+    processes in bytes; `sent per rank` in bytes and `messages per rank`, both of the rank that sends most.
+    """
+
+    measure: Measure
+    side: str
+    of: str | None
+    most: float
+
+    @property
+    def name(self) -> str:
+        """In words: `time: ours / onnxruntime`."""
+        return f"{self.measure}: {self.side}" + (f" / {self.of}" if self.of else "")
 
 
 @dataclass(frozen=True)
@@ -58,6 +104,8 @@ class Case:
         task: a forward pass, a whole step of training, or a forward pass under memory budgets; there, errors are
             against float64, and every process gives freed memory back at once.
         optional: measured only when it is asked for by name.
+        limits: measure the best convolution and copy that the machine does, beside the sides.
+        dtype: of weights and volume.
     """
 
     name: str
@@ -67,24 +115,37 @@ class Case:
     sides: tuple[Side, ...]
     task: Task = "inference"
     optional: bool = False
+    bars: tuple[Bar, ...] = ()
+    limits: bool = False
+    dtype: DType = "float32"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases that are measured together."""
+    """Cases that are measured together, on one device."""
 
     name: str
     what: str
     cases: tuple[Case, ...]
+    device: Device = "cpu"
 
-    def only(self, case: str | None) -> Suite:
-        """The suite with the named case alone, or with all that are not optional for None.
+    def only(self, cases: Sequence[str] = (), peers: Sequence[str] = ()) -> Suite:
+        """The suite with the named cases alone, or with all that are not optional where none is named.
+
+        Args:
+            cases: names; each must be there.
+            peers: names of sides; with any, the other sides that are not our own are left out, each case's first
+                excepted, which differences are against.
 
         Raises:
             UsageError: for an unknown name.
         """
-        usual = tuple(c for c in self.cases if not c.optional)
-        return replace(self, cases=usual if case is None else (self.case(case),))
+        chosen = tuple(map(self.case, cases)) or tuple(c for c in self.cases if not c.optional)
+        known = {side.name: side for case in chosen for side in case.sides if not side.own}
+        unknown = next((peer for peer in peers if peer not in known), None)
+        if unknown is not None:
+            raise UsageError(f"peer '{unknown}' is in no case of this run; they have {'; '.join(known) or 'none'}")
+        return replace(self, cases=tuple(_with_peers(case, peers) for case in chosen) if peers else chosen)
 
     def case(self, name: str) -> Case:
         """The case of this name.
@@ -94,156 +155,14 @@ class Suite:
         """
         found = next((case for case in self.cases if case.name == name), None)
         if found is None:
-            raise UsageError(f"case '{name}' is not in suite '{self.name}'; it has {_names(self.cases)}")
+            raise UsageError(f"case '{name}' is not in suite '{self.name}'; it has {names(self.cases)}")
         return found
 
 
-PEERS = (Side("torch eager", "torch eager"), Side("onnxruntime", "onnxruntime"))
-SHARDS = (
-    Side("1 shard", "partitioned"),
-    Side("2 shards", "partitioned", "depth=2", "gloo", 2),
-    Side("4 shards", "partitioned", "depth=2,height=2", "gloo", 4),
-)
-
-TRAINED_NETWORK = replace(DEMO_NETWORK, norm="batch", down="maxpool")
-TRAINERS = (
-    Side("torch eager", "torch eager"),
-    Side("1 shard", "partitioned"),
-    Side("2 shards", "partitioned", "depth=2", "gloo", 2),
-)
-TRAINING_RANKS = (
-    Side("1 rank", "partitioned", "single", "gloo", 1),
-    Side("2 ranks", "partitioned", "depth=2", "gloo", 2),
-    Side("4 ranks", "partitioned", "depth=2,height=2", "gloo", 4),
-    Side("8 ranks", "partitioned", "depth=2,height=2,width=2", "gloo", 8),
-)
-
-WHOLE = Side("whole volume", "partitioned")
-LEAST = Side("least budget", "partitioned", share=0.0)
-BUDGETS = (*(Side(f"budget 1/{n}", "partitioned", share=1 / n) for n in (2, 3, 4, 5, 6)), LEAST)
-WINDOWS = tuple(
-    Side(f"sliding window, {overlap}", "sliding window", window=Window(96, overlap)) for overlap in (0.25, 0.5)
-)
-FLOAT64 = Side("float64", "float64")
-"""What the errors of the sides under budgets are against; no side of any case, and not measured."""
-
-
-def _under_budgets(norm: Norm, extent: int, optional: bool = False) -> Case:
-    return Case(
-        f"{norm}-{extent}",
-        f"3D U-Net, 4 levels, base 16, {norm} norm, max pool; {extent} x {extent} x {extent} voxels",
-        replace(DEMO_NETWORK, norm=norm, down="maxpool"),
-        (1, 1, extent, extent, extent),
-        (WHOLE, *BUDGETS, *PEERS, *WINDOWS),
-        "budgets",
-        optional,
-    )
-
-
-SUITES = (
-    Suite(
-        "quick",
-        "the demo's network and volume on 1, 2 and 4 shards beside torch eager and onnxruntime",
-        (
-            Case(
-                "demo",
-                "3D U-Net, 4 levels, base 16, instance norm; 121 x 160 x 143 voxels",
-                DEMO_NETWORK,
-                (1, 1, *DEFAULT_SHAPE),
-                PEERS + SHARDS,
-            ),
-        ),
-    ),
-    Suite(
-        "smoke",
-        "seconds long: whether every side runs and agrees, no figure to quote",
-        (
-            Case(
-                "tiny",
-                "3D U-Net, 3 levels, base 4; 29 x 37 x 31 voxels",
-                replace(DEMO_NETWORK, levels=3, base=4),
-                (1, 1, 29, 37, 31),
-                PEERS + SHARDS,
-            ),
-        ),
-    ),
-    Suite(
-        "training",
-        "a step of training (forward, loss, backward, optimiser) beside torch eager, and its memory on 1 to 8 ranks",
-        (
-            Case(
-                "step",
-                "3D U-Net, 4 levels, base 16, batch norm; 96 x 96 x 96 voxels",
-                TRAINED_NETWORK,
-                (1, 1, 96, 96, 96),
-                TRAINERS,
-                "training",
-            ),
-            Case(
-                "memory",
-                "the same network; how the memory of a process (and of all) goes with the number of ranks",
-                TRAINED_NETWORK,
-                (1, 1, 96, 96, 96),
-                TRAINING_RANKS,
-                "training",
-            ),
-        ),
-    ),
-    Suite(
-        "training-smoke",
-        "seconds long: whether every side of training runs and agrees, no figure to quote",
-        (
-            Case(
-                "tiny",
-                "3D U-Net, 3 levels, base 4, batch norm; 29 x 37 x 31 voxels",
-                replace(TRAINED_NETWORK, levels=3, base=4),
-                (1, 1, 29, 37, 31),
-                TRAINERS + TRAINING_RANKS,
-                "training",
-            ),
-        ),
-    ),
-    Suite(
-        "depth-first",
-        "time against memory: the whole volume, memory budgets, torch eager, onnxruntime and MONAI's sliding window",
-        (
-            *(_under_budgets(norm, extent) for extent in (128, 192) for norm in ("batch", "instance")),
-            *(_under_budgets(norm, 256, optional=True) for norm in ("batch", "instance")),
-        ),
-    ),
-    Suite(
-        "depth-first-smoke",
-        "seconds long: whether budgets are kept or refused and every side agrees, no figure to quote",
-        (
-            Case(
-                "tiny",
-                "3D U-Net, 2 levels, base 8, batch norm; 64 x 60 x 62 voxels",
-                replace(DEMO_NETWORK, levels=2, base=8, norm="batch", down="maxpool"),
-                (1, 1, 64, 60, 62),
-                (
-                    WHOLE,
-                    Side("budget 1/10", "partitioned", share=0.1),
-                    LEAST,
-                    PEERS[1],
-                    Side("sliding window, 0.25", "sliding window", window=Window(48, 0.25)),
-                ),
-                "budgets",
-            ),
-        ),
-    ),
-)
-
-
-def find_suite(name: str) -> Suite:
-    """The suite of this name.
-
-    Raises:
-        UsageError: for an unknown name.
-    """
-    found = next((suite for suite in SUITES if suite.name == name), None)
-    if found is None:
-        raise UsageError(f"suite '{name}' is unknown; choose from {_names(SUITES)}")
-    return found
+def _with_peers(case: Case, peers: Sequence[str]) -> Case:
+    sides = tuple(side for side in case.sides if side.own or side.name in peers or side is case.sides[0])
+    kept = {side.name for side in sides}
+    return replace(case, sides=sides, bars=tuple(b for b in case.bars if {b.side, b.of or b.side} <= kept))
 
 
 def example_input(case: Case) -> NDArray[np.float32]:
@@ -265,10 +184,13 @@ def example_classes(case: Case) -> NDArray[np.uint8]:
 
 def exported(case: Case, folder: Path) -> Path:
     """The case's ONNX file in the folder, exported unless an equal one is there; training begins with the module."""
-    key = hashlib.sha256(repr((case.network, case.shape)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((case.network, case.shape, case.dtype)).encode()).hexdigest()[:12]
     path = folder / f"{case.name}-{key}.onnx"
-    return path if path.exists() or case.task == "training" else export(case.network.build(), case.shape, path)
+    if path.exists() or case.task == "training":
+        return path
+    return export(case.network.build(), case.shape, path, dtype=case.dtype)
 
 
-def _names(items: Sequence[Suite] | Sequence[Case]) -> str:
+def names(items: Sequence[Suite] | Sequence[Case]) -> str:
+    """Names in a row, for messages."""
     return ", ".join(item.name for item in items)

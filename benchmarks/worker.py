@@ -6,7 +6,7 @@ reply is one line of JSON on standard output.
     (start)      {"shape": extents}                                  the input is in memory
     (start)      {"setup_seconds": s, "forecast": traffic or null, "schedule": text or null}
                  the network too; or {"refused": why}, and the process ends
-    run          {"seconds": s, "counted": traffic or null}          traffic: see `peers.Traffic`
+    run          {"seconds": s, "counted": traffic or null, "device_bytes": n or null}    traffic: see `runner.Traffic`
     save PATH    {"saved": PATH}                                     the last output, as .npy
     quit         (the process ends)
 """
@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 from benchmarks.errors import SideRefusal
 from benchmarks.memory import give_back_memory
-from benchmarks.peers import Runner, Traffic, opened
-from benchmarks.suite import FLOAT64, example_input, find_suite
+from benchmarks.peers import opened
+from benchmarks.runner import Runner, Traffic
+from benchmarks.suite import example_input
+from benchmarks.suites import FLOAT64, find_suite
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     replies = _own_standard_output()
     job = Job(**json.loads(argv[0]))
-    case = find_suite(job.suite).case(job.case)
+    suite = find_suite(job.suite)
+    case = suite.case(job.case)
     side = next(side for side in (*case.sides, FLOAT64) if side.name == job.side)
     volume = example_input(case)
     if job.tight:
@@ -67,10 +70,10 @@ def main(argv: list[str]) -> int:
     _reply(replies, {"shape": volume.shape})
     started = time.perf_counter()
     try:
-        with opened(side, case, Path(job.model), job.threads, job.budget) as runner:
+        with opened(side, case, Path(job.model), job.threads, job.budget, suite.device) as runner:
             seconds = time.perf_counter() - started
-            if job.tight:
-                give_back_memory()
+            # What was freed since the start would otherwise take up what runs need, and hide it.
+            give_back_memory()
             facts = {"forecast": _plain(runner.forecast()), "schedule": runner.schedule()}
             _reply(replies, {"setup_seconds": seconds, **facts})
             _obey(runner, volume, replies)
@@ -80,13 +83,13 @@ def main(argv: list[str]) -> int:
 
 
 def _obey(runner: Runner, volume: NDArray[np.float32], replies: TextIO) -> None:
-    output = volume
+    output: Any = volume
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "quit":
             return
         if command == "save":
-            np.save(argument, output)
+            np.save(argument, runner.array(output))
             _reply(replies, {"saved": argument})
             continue
         # Let go of the last output first, or its memory would count as the next run's.
@@ -94,7 +97,8 @@ def _obey(runner: Runner, volume: NDArray[np.float32], replies: TextIO) -> None:
         started = time.perf_counter()
         output = runner.run(volume)
         seconds = time.perf_counter() - started
-        _reply(replies, {"seconds": seconds, "counted": _plain(runner.counted())})
+        found = {"seconds": seconds, "counted": _plain(runner.counted()), "device_bytes": runner.device_bytes()}
+        _reply(replies, found)
 
 
 def _plain(traffic: Traffic | None) -> dict[str, int] | None:

@@ -16,11 +16,11 @@ from benchmarks import budgets
 from benchmarks.__main__ import main
 from benchmarks.errors import SideRefusal, UsageError
 from benchmarks.float64 import in_float64
-from benchmarks.measure import Sample
 from benchmarks.models import UNet, UNetConfig, export
 from benchmarks.peers import opened
-from benchmarks.results import CaseResult, SideResult
-from benchmarks.suite import Case, Side, Window, find_suite
+from benchmarks.results import CaseResult, Sample, SideResult
+from benchmarks.suite import Case, Side, Window
+from benchmarks.suites import find_suite
 
 SAMPLE = Sample(1.0, 3.0, 2.0, 100_000_000, 500_000_000, 400_000_000, None, None, 120_000_000, None)
 
@@ -62,7 +62,7 @@ def test_the_suite_has_its_cases(capsys: pytest.CaptureFixture[str]) -> None:
     suite = find_suite("depth-first")
     usual = [c.name for c in suite.only(None).cases]
     assert usual == ["batch-128", "instance-128", "batch-192", "instance-192"]
-    assert suite.only("batch-256").cases[0].shape == (1, 1, 256, 256, 256)
+    assert suite.only(["batch-256"]).cases[0].shape == (1, 1, 256, 256, 256)
     assert main(["list"]) == 0 and "budget 1/6" in capsys.readouterr().out
 
 
@@ -144,4 +144,4 @@ def test_curves(tmp_path: Path) -> None:
 
 def test_a_case_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="case 'batch' is not in suite 'depth-first'; it has batch-128"):
-        find_suite("depth-first").only("batch")
+        find_suite("depth-first").only(["batch"])

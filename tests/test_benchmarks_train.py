@@ -23,7 +23,8 @@ from benchmarks.curves import Row, draw, read_table, running_mean, write_table
 from benchmarks.liver_network import LiverConfig
 from benchmarks.peers_training import opened_training
 from benchmarks.phantom import phantom
-from benchmarks.suite import example_input, find_suite
+from benchmarks.suite import example_input
+from benchmarks.suites import find_suite
 from benchmarks.train import Reporter, schedule
 from tests.command import all_gone, environment, family, finish, wait_for
 
@@ -213,7 +214,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 # --- the measured step --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["1 shard", pytest.param("2 shards", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", ["ours", pytest.param("ours on 2 ranks", marks=pytest.mark.slow)])
 def test_measured_sides_have_the_gradients_of_torch(side: str) -> None:
     """Over two steps, so that statistics and optimiser are part of it."""
     case = find_suite("training-smoke").cases[0]
@@ -229,7 +230,7 @@ def test_measured_sides_have_the_gradients_of_torch(side: str) -> None:
 def test_training_suites_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     found = capsys.readouterr().out
-    assert "training:" in found and "1 rank, 2 ranks, 4 ranks, 8 ranks" in found
+    assert "training:" in found and "1 rank; 2 ranks; 4 ranks; 8 ranks" in found
 
 
 # --- mistakes -----------------------------------------------------------------------------------------
