@@ -134,6 +134,17 @@ class Exchange:
         need = self._need()
         return Traffic(self._fan_out(cells) - own_cells, need - own_cells, self._fan_out(flags) - own_flags)
 
+    @cached_property
+    def messages_received(self) -> IntArray:
+        """Messages that every rank gets: those that its gradients send back."""
+        total, own = np.ones(self.mesh.shape, dtype=np.int64), list[IntArray]()
+        for axis in range(len(self.owned.shape)):
+            flags = (self._table(axis) > 0).astype(np.int64)
+            own.append(flags)
+            entry = flags if _name(self.owned, axis) is None else flags.sum(axis=0, keepdims=True)
+            total = total * _spread(entry, (None, _name(self.needed, axis)), self.mesh)
+        return total - self._own(own)
+
     def _table(self, axis: int) -> IntArray:
         """Cells of tensor axis `axis` that source coordinate i owns and target coordinate j needs."""
         rows, columns = _parts(self.owned, axis), _parts(self.needed, axis)

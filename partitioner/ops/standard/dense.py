@@ -258,7 +258,7 @@ class Einsum(Operator):
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         if len(self.inputs) < 2:
             return Backward()
-        between = self.outputs[0].itemsize * max(ins) if len(ins) > 2 else 0.0
+        between = self.outputs[0].itemsize * ins[0] if len(ins) > 2 else 0.0
         return Backward(inputs=tuple(range(len(self.inputs))), beside=between)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:

@@ -27,6 +27,7 @@ from partitioner.ops.dtypes import is_known, torch_dtype
 from partitioner.ops.kernels.gelu import gelu
 from partitioner.ops.kernels.unsigned import compute, shifted
 from partitioner.ops.registry import register
+from partitioner.ops.standard.pointwise_backward import pointwise_backward
 
 if TYPE_CHECKING:
     import torch
@@ -313,8 +314,6 @@ class Pointwise(Operator):
         return self.op_type in INTO and self.outputs[0].dtype.is_floating_point()
 
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
-        from partitioner.ops.standard.pointwise_backward import pointwise_backward
-
         return pointwise_backward(self.op_type, self.inputs, self.outputs[0], ins, outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:

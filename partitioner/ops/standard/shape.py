@@ -112,10 +112,13 @@ class Concat(Operator):
         present = [x for x in call.tensors if x is not None and x.shape[self.axis]]
         if call.into is None:
             return (torch.cat(present, self.axis),)
-        position = 0
-        for x in present:
-            call.into.narrow(self.axis, position, x.shape[self.axis]).copy_(x)
-            position += x.shape[self.axis]
+        places = call.into.split([x.shape[self.axis] for x in present], self.axis)
+        missing = [(x, place) for x, place in zip(present, places, strict=True)
+                   if x.data_ptr() != place.data_ptr() or x.stride() != place.stride()]
+        if len(missing) == len(present):
+            return (torch.cat(present, self.axis, out=call.into),)
+        for x, place in missing:  # the others have been computed in their place
+            place.copy_(x)
         return (call.into,)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
@@ -159,6 +162,9 @@ class Move(Operator):
         inside = all(isinstance(m, Shift | Identity) and getattr(m, "offset", 0) >= 0
                      and getattr(m, "offset", 0) + m.n_out <= m.n_in for m in self.axes)
         return inside and 2 * math.prod(self.outputs[0].shape) >= math.prod(source.shape)
+
+    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
+        return Backward(shares=self.is_view)
 
     def _padding(self, box: Box, out: Box) -> list[tuple[int, int]]:
         """Cells to add before and after every axis: what a shift left outside the tensor."""
