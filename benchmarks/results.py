@@ -178,7 +178,7 @@ def _case_dict(result: CaseResult) -> dict[str, Any]:
         **case,
         "network": network,
         "notes": result.notes,
-        "limits": [asdict(limits) for limits in result.limits],
+        "limits_found": [asdict(limits) for limits in result.limits],
         "work": None if result.work is None else asdict(result.work),
         "sides": [_side_dict(side) for side in result.sides],
     }
@@ -218,7 +218,7 @@ def _restored_case(found: dict[str, Any]) -> CaseResult:
     found = dict(found)
     network = dict(found.pop("network"))
     sides = [_restored_side(side) for side in found.pop("sides")]
-    notes, limits, work = found.pop("notes"), found.pop("limits"), found.pop("work")
+    notes, limits, work = found.pop("notes"), found.pop("limits_found"), found.pop("work")
     found["network"] = _NETWORKS[network.pop("kind")](**_tuples(network))
     found["bars"] = tuple(Bar(**bar) for bar in found["bars"])
     case = Case(**_tuples(found), sides=tuple(side.side for side in sides))
