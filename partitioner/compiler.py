@@ -38,7 +38,7 @@ class DepthFirst:
     """How ranks go through their shards.
 
     Args:
-        axis: the mesh axis along which they go slab by slab; `partitioner.budget` chooses how thick slabs are.
+        axis: the mesh axis along which they go slab by slab; `partitioner.schedules` chooses how thick slabs are.
         strips: shards along other mesh axes that one rank takes one after the other, as (mesh axis, count).
         recomputed: values whose halos every strip computes itself; None for all for which that can be done.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.compiler import DepthFirst, Shapes, Steering, compile_plan, prepare
+from partitioner.cost import plan_cost
 from partitioner.errors import PartitionError, refuse_all
 from partitioner.guards import MeshLike, parse_mesh, source_problems
 from partitioner.layout import Cuts
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from partitioner.budget import Budget
     from partitioner.planner.choice import Choice
     from partitioner.planner.search import Progress
+
+SMALL = 64 * 2**20
+"""Bytes of activations below which a plan takes whole-shard steps when nobody says otherwise."""
+
+LARGEST_MEMORY = 1 << 62
+"""Bytes that no process will have."""
 
 GPUS_OF_A_NODE = 8
 """More ranks than these reach one another over the network."""
@@ -97,18 +104,36 @@ def compile_request(source: ir.Model, request: Request, dump_dir: Path | None = 
     """
     refuse_all(source_problems(source))
     mesh = parse_mesh(request.mesh, source)
-    with _Faults(source), with_nearest_shapes(source, request.shapes):
+    with Faults(source), with_nearest_shapes(source, request.shapes):
         def lay_out(order: DepthFirst | None) -> ir.Model:
             return compile_plan(source, mesh, request.shapes, request.cuts, dump_dir, request.strict, order=order,
                                 steering=request.steering)
 
-        if request.budget is None:
+        if request.budget is None and mesh.size > 1:
             return lay_out(None)
-        from partitioner.budget import fit
-
         free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if mesh.count(n) == 1
                 and any(n in axes for axes in named_axes(source).values())]
+        if request.budget is None:
+            return _fastest(lay_out, free)
+        from partitioner.schedules import fit
+
         return fit(lay_out, free, request.budget)
+
+
+def _fastest(lay_out: Callable[[DepthFirst | None], ir.Model], free: Sequence[str]) -> ir.Model:
+    """The plan with the schedule that suits this machine; small ones, and those for a GPU, take all at once."""
+    whole = lay_out(None)
+    if not free or plan_cost(whole).peak_together < SMALL:
+        return whole
+    import torch
+
+    profile = Profile.find(None)
+    if profile.device != "cpu" or torch.cuda.is_available():
+        return whole
+    from partitioner.budget import Budget
+    from partitioner.schedules import fastest
+
+    return fastest(lay_out, whole, free, Budget(LARGEST_MEMORY, profile=profile))
 
 
 def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: Path | None = None,
@@ -123,7 +148,7 @@ def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: 
     from partitioner.planner.choice import Form, Goal
     from partitioner.planner.search import Search, laid_out_everywhere
 
-    refuse_all([*source_problems(source), *_device_problems(devices)])
+    refuse_all([*source_problems(source), *device_problems(devices.count)])
     given = None if request.mesh is None or request.mesh == "" else parse_mesh(request.mesh, source)
     if given is not None and given.size > devices.count:
         raise PartitionError(f"mesh {given} has {given.size} ranks, more than the {devices.count} devices; give more "
@@ -133,7 +158,7 @@ def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: 
     profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know
     goal = Goal(devices.count, profile, transport, None, devices.memory, held_on(profile), given, request.cuts,
                 request.steering.pinned, devices.steers, devices.all_of_them)
-    with _Faults(source), with_nearest_shapes(source, request.shapes):
+    with Faults(source), with_nearest_shapes(source, request.shapes):
         prepared = prepare(source, request.shapes, request.strict)
 
         def lay_out(form: Form) -> ir.Model:
@@ -168,8 +193,8 @@ def held_on(profile: Profile) -> int:
     return held_now()
 
 
-def _device_problems(devices: Devices) -> list[str]:
-    count = devices.count
+def device_problems(count: int) -> list[str]:
+    """What is wrong with a number of devices."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST:  # pyright: ignore
         return [f"devices={count!r}: give a whole number from 1 to {LARGEST}"]
     return []
@@ -195,7 +220,7 @@ def pinned_axes(given: Mapping[str, str | Sequence[str]] | None) -> dict[str, tu
     return found
 
 
-class _Faults:
+class Faults:
     """Tells what is wrong with a damaged model where a pass stumbles over it."""
 
     def __init__(self, source: ir.Model) -> None:

@@ -31,7 +31,7 @@ class Schedule(Pass):
         storage: axis order of activations in memory; channels_last keeps slabs of the first spatial
             axis dense and is the faster order of CPU convolutions.
         rolled: a mesh axis of one rank along which chains of nodes take turns, slab by slab; they stand side by side.
-        thickness: cells of a slab, until `partitioner.budget` chooses others.
+        thickness: cells of a slab, until `partitioner.schedules` chooses others.
         strips: mesh axes whose shards are strips of one rank.
     """
 

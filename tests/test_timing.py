@@ -20,6 +20,7 @@ from partitioner.exporter import export_module
 from partitioner.kinds import kernel_seconds, kinds_of
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import operator_of
+from partitioner.planning import Request
 from partitioner.slabs import find_rests
 from partitioner.timing import PlanTime, plan_time
 
@@ -75,7 +76,7 @@ def test_depth_first_takes_turns(sources) -> None:
     shapes = {"volume": (1, 1, 32, 32, 32)}
     whole = pt.partition(sources["batch"], shapes=shapes).cost
     budget = Budget(whole.weight_bytes + int(0.7 * whole.peak.max()), arrays=False, held=0)
-    model = Plan.compile(sources["batch"], "single", shapes, {}, budget=budget).model
+    model = Plan.compile(sources["batch"], Request("single", shapes, budget=budget)).model
     schedule = get_schedule(model)
     assert schedule is not None
     chains = len(schedule.thickness)

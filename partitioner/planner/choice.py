@@ -32,6 +32,7 @@ class Goal:
         pinned: decided by the user; see `partitioner.compiler.Steering`.
         steers: whether cuts, replicated layers and deeper halos are looked for too, not the mesh alone.
         all_of_them: whether every device has to be used.
+        most: meshes that are laid out, at most.
     """
 
     devices: int
@@ -45,6 +46,7 @@ class Goal:
     pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     steers: bool = True
     all_of_them: bool = False
+    most: int = 12
 
 
 @dataclass(frozen=True)

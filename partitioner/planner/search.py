@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.budget import Budget, fit, with_slab_peaks
+from partitioner.budget import Budget, with_slab_peaks
 from partitioner.compiler import DepthFirst, Steering
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError
@@ -25,6 +25,7 @@ from partitioner.planner.estimate import Estimates
 from partitioner.planner.explain import seconds_text
 from partitioner.planner.meshes import meshes_of
 from partitioner.planner.replicate import Stretches, seconds_by_node, subsets
+from partitioner.schedules import fit
 from partitioner.strips import CutPoints, Prices
 from partitioner.timing import plan_time
 from passes.assign_shards import AssignShards
@@ -35,11 +36,11 @@ LayOut = Callable[[Form], ir.Model]
 Progress = Callable[[int, int, str], None]
 """(ways looked at, at most, what is looked at)."""
 
-MOST_MESHES = 12
-"""Meshes that are laid out, at most."""
-
 STEERED = 2
 """How many of the best meshes are steered."""
+
+MOST_REFUSED = 4
+"""How many times as many meshes are looked at while none fits."""
 
 GAIN = 0.995
 """A change is made when it takes less than this part of the time before."""
@@ -96,20 +97,33 @@ class Search:
         """Those that keep to the memory, fastest first, until the rest is estimated to be slower."""
         goal = self.goal
         estimates = Estimates(self.seeds, meshes, goal.profile, goal.transport, goal.threads)
-        order = np.argsort(estimates.seconds, kind="stable")
         found: list[Way] = []
-        for place, index in enumerate(order):
+        for place, index in enumerate(self._order(estimates)):
             mesh, least = meshes[index], float(estimates.seconds[index])
-            if found and (least > found[0].seconds or len(found) >= MOST_MESHES):
-                self.rejected += [Rejected(meshes[i], f"estimated to take {seconds_text(seconds)} or more")
-                                  for i, seconds in zip(order[place:], estimates.seconds[order[place:]].tolist(),
-                                                        strict=True)]
-                break
+            if found and (least > found[0].seconds or place >= goal.most):
+                self.rejected.append(Rejected(mesh, f"estimated to take {seconds_text(least)} or more"))
+                continue
+            if place >= MOST_REFUSED * goal.most:
+                self.rejected.append(Rejected(mesh, "estimated to hold more than meshes that do not fit"))
+                continue
             self._tell(f"mesh {mesh}")
-            way = self._way(Form(mesh, self._cuts_for(mesh), Steering(goal.pinned)))
+            way = self.way(Form(mesh, self._cuts_for(mesh), Steering(goal.pinned)))
             if way is not None:
                 found = sorted([*found, way], key=lambda w: w.seconds)
         return found
+
+    def _order(self, estimates: Estimates) -> list[int]:
+        """Meshes in the order in which they are looked at: those of least time that may hold whole shards, those of
+        least time that go slab by slab, then those that hold least.
+        """
+        quick = np.argsort(estimates.seconds, kind="stable").tolist()
+        if self.goal.memory is None:
+            return quick
+        peak = estimates.peak + fixed_bytes(self.seeds, self.goal)
+        whole = [i for i in quick if peak[i] <= self.goal.memory]
+        slabs = [i for i in quick if peak[i] > self.goal.memory]
+        small = sorted(slabs[self.goal.most :], key=lambda i: peak[i])
+        return [*whole, *slabs[: self.goal.most], *small]
 
     def _cuts_for(self, mesh: Mesh) -> dict[str, Cuts]:
         return {name: cuts for name, cuts in self.goal.cuts.items() if mesh.count(name) > 1}
@@ -117,11 +131,11 @@ class Search:
     def _tell(self, what: str) -> None:
         self.looked += 1
         if self.progress is not None:
-            self.progress(self.looked, max(self.looked, MOST_MESHES), what)
+            self.progress(self.looked, max(self.looked, self.goal.most), what)
 
     # --- one way ------------------------------------------------------------------------------
 
-    def _way(self, form: Form, what: str = "") -> Way | None:
+    def way(self, form: Form, what: str = "") -> Way | None:
         """A way in whole-shard steps, or slab by slab where the memory asks for it; None where neither does."""
         try:
             found = self._laid_out(form, self.lay_out(form), what)
@@ -140,7 +154,8 @@ class Search:
         names = extents_of(self.seeds)
         free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if n in names and form.mesh.count(n) == 1]
         together = form.mesh.size == 1
-        return fit(lay_out, free, Budget(memory, None, arrays=False, together=together, held=self.goal.held))
+        return fit(lay_out, free, Budget(memory, None, False, together, self.goal.held, self.goal.profile,
+                                         self.goal.transport))
 
     def _laid_out(self, form: Form, model: ir.Model, what: str) -> Way:
         goal = self.goal
@@ -241,6 +256,12 @@ def laid_out_everywhere(model: ir.Model) -> ir.Model:
     found = model.clone()
     AssignShards(Mesh(()), {}, tuple(extents_of(found))).apply(found)
     return found
+
+
+def fixed_bytes(seeds: ir.Model, goal: Goal) -> int:
+    """Bytes that a device holds whatever the mesh: weights and the process."""
+    weights = sum(v.const_value.nbytes for v in seeds.graph.initializers.values() if v.const_value is not None)
+    return weights + goal.held
 
 
 def _needed(cost: PlanCost, goal: Goal) -> int:

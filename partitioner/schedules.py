@@ -1,0 +1,287 @@
+"""The search for a schedule: which axis to go along, how thick slabs are, what rests in files, where strips are cut.
+
+The candidates are laid out once per axis; per thickness their programs are followed step by step, so that what is
+compared are the buffers that will be there.  Of those that fit, the one with the least forecast time is taken: slabs
+add steps and copies, files add traffic, strips across the slabs compute cells near their cuts twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import onnx_ir as ir
+
+from partitioner import dialect
+from partitioner.axes import named_axes
+from partitioner.budget import Budget, largest_rank, memory_text, programs_of
+from partitioner.compiler import DepthFirst
+from partitioner.cost import plan_cost
+from partitioner.errors import PartitionError
+from partitioner.profile import Profile
+from partitioner.rolling import rolled_axis
+from partitioner.strips import CutPoints, Prices
+from partitioner.timing import PlanTime, plan_time
+from runtime.forecast import Memory, forecast
+from runtime.program import Program, localise
+
+MOST_STRIPS = 64
+"""Strips into which a shard is cut at most."""
+
+THINNEST_STRIP = 8
+"""Cells of a strip, at least."""
+
+THINNEST_SLAB = 8
+"""Cells of a slab, at least, where memory asks for no thinner ones: kernels of few cells reach less than forecast."""
+
+AS_FAST = 1.05
+"""Of schedules that take at most so many times the least time, the one that holds least is taken."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with one schedule, and what it will take.
+
+    Args:
+        needed: bytes that the process will hold.
+        is_exact: whether all strips were followed, not one for all: then a process needs no less, perhaps more.
+    """
+
+    model: ir.Model
+    schedule: dialect.Schedule | None
+    files: tuple[str, ...]
+    memory: Memory
+    needed: int
+    is_exact: bool = True
+
+
+LayOut = Callable[[DepthFirst | None], ir.Model]
+"""Compiles the plan: in whole-shard steps, or depth first."""
+
+
+def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
+    """The fastest plan that keeps to a budget.
+
+    Slabs along one axis are tried first; where they do not suffice, and one process holds all, strips across them.
+
+    Args:
+        axes: those that no rank of the mesh splits.
+
+    Raises:
+        PartitionError: when none keeps to it, with the smallest budget that one does.
+    """
+    whole = lay_out(None)
+    room = _Room(budget, budget.taken(whole), budget.shards(whole))
+    smallest: Candidate | None = None
+    for group in _groups(lay_out, axes, room, whole):
+        fitting: list[Candidate] = []
+        for candidate in group:
+            if smallest is None or candidate.needed < smallest.needed:
+                smallest = candidate
+            if candidate.is_exact and room.fits(candidate.memory):
+                fitting.append(candidate)
+        if fitting:
+            return _chosen(min(fitting, key=room.seconds))
+    assert smallest is not None
+    if not smallest.is_exact:
+        _mark(smallest.model, smallest.schedule, ())
+        smallest = room.candidate(smallest.model, smallest.schedule, programs_of(smallest.model), smallest.files)
+    activations = smallest.memory.peak * budget.shards(smallest.model)
+    needed = smallest.needed + max(0, budget.taken(smallest.model) - room.taken)  # the search itself leaves something
+    raise PartitionError(
+        f"memory {memory_text(budget.total)}: this model at these extents needs at least {memory_text(needed)} "
+        f"({memory_text(needed - activations)} of it for the process, "
+        f"{'arrays, ' if budget.arrays else ''}libraries and weights); give that much"
+        + (", or split it over more ranks" if budget.shards(smallest.model) == 1
+           else ", or a process per rank (backend gloo)"))
+
+
+def fastest(lay_out: LayOut, whole: ir.Model, axes: Sequence[str], budget: Budget) -> ir.Model:
+    """The plan with the best schedule when memory is not limited: the one that holds least of those that are as fast.
+
+    Args:
+        whole: the plan in whole-shard steps.
+        axes: those that no rank of the mesh splits; slabs go along the first, along which they lie dense in storage.
+        budget: as of a process without a limit.
+    """
+    room = _Room(budget, budget.taken(whole), budget.shards(whole))
+    at_once = room.candidate(whole, None, [localise(whole, largest_rank(whole))])
+    model = lay_out(DepthFirst(axes[0]))
+    slabs = [room.candidate(model, schedule, [localise(model, largest_rank(model))])
+             for schedule in _thinner(model, axes[0], THINNEST_SLAB)]
+    timed = [(room.seconds(candidate), candidate) for candidate in (at_once, *slabs)]
+    limit = AS_FAST * min(seconds for seconds, _ in timed)
+    return _chosen(min((c for seconds, c in timed if seconds <= limit), key=lambda c: c.needed))
+
+
+def _chosen(candidate: Candidate) -> ir.Model:
+    _mark(candidate.model, candidate.schedule, candidate.files)
+    return candidate.model
+
+
+def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model) -> Iterator[Iterable[Candidate]]:
+    """Candidates in groups: one is chosen of the first group in which any fits.
+
+    Args:
+        whole: the plan in whole-shard steps.
+    """
+    at_once = room.candidate(whole, None, [localise(whole, largest_rank(whole))])
+    along = (_candidates(lay_out(DepthFirst(axis)), axis, room) for axis in axes)
+    yield itertools.chain([at_once], next(along, ()))
+    yield from along  # slabs along later axes are not dense in storage
+    if not room.budget.together or dialect.get_mesh(whole).size > 1:
+        return
+    least = math.inf
+    for strips in _strips(whole, axes):
+        found = _strip_candidates(lay_out, axes[0], strips, room)
+        yield found
+        smallest = min((candidate.needed for candidate in found), default=math.inf)
+        if smallest > 0.97 * least:
+            return
+        least = smallest
+
+
+def _strips(model: ir.Model, axes: Sequence[str]) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Twice as many strips each time, by cutting the longest of their axes once more; batches first."""
+    extents = {name: max((dialect.shape_of(v)[places[name]] for v in model.graph.inputs
+                          if name in (places := named_axes(model)[str(v.name)])), default=1) for name in axes[1:]}
+    counts = dict.fromkeys(extents, 1)
+    while math.prod(counts.values()) < MOST_STRIPS:
+        def width(name: str) -> float:
+            alone = name == "batch" and extents[name] > counts[name]
+            return math.inf if alone else extents[name] / counts[name]
+
+        name = max(counts, key=width, default=None)
+        if name is None or extents[name] / counts[name] < (2 if name == "batch" else 2 * THINNEST_STRIP):
+            return
+        counts[name] = min(2 * counts[name], extents[name])
+        yield tuple((name, count) for name, count in counts.items() if count > 1)
+
+
+def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int], ...],
+                      room: _Room) -> list[Candidate]:
+    """Strips that meet seldom, often, or where the estimated time is least; as thick slabs as fit."""
+    met = lay_out(DepthFirst(axis, strips, frozenset()))
+    points = CutPoints(met, [name for name, _ in strips])
+    found: list[Candidate] = []
+    seen: set[frozenset[str]] = set()
+    time, profile = room.time(met), room.profile
+    operation = float(time.compute.sum()) / max(1.0, float(plan_cost(met).flops.sum()))
+    for byte in (0.0, 1 / profile.write + 1 / profile.read, 1.0):
+        names = points.choose(Prices(operation, byte))
+        if names in seen:
+            continue
+        seen.add(names)
+        model = lay_out(DepthFirst(axis, strips, names))
+        found += _candidates(model, axis, room)
+        if not any(c.is_exact for c in found):  # the more seldom strips meet, the more each of them holds
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a budget leaves for a plan: what is taken already, and how many ranks share the rest."""
+
+    budget: Budget
+    taken: int
+    shards: int
+
+    def needed(self, memory: Memory) -> int:
+        """What the process will hold."""
+        return memory.peak * self.shards + memory.weights + self.taken
+
+    def crowded(self, memory: Memory) -> bool:
+        """Whether more rests in memory than may."""
+        return self.budget.resting is not None and memory.resting * self.shards > self.budget.resting
+
+    def fits(self, memory: Memory) -> bool:
+        """Whether the budget is kept."""
+        return self.needed(memory) <= self.budget.total and not self.crowded(memory)
+
+    def candidate(self, model: ir.Model, schedule: dialect.Schedule | None, programs: Sequence[Program],
+                  files: tuple[str, ...] = ()) -> Candidate:
+        """A plan with what it will take."""
+        memory = forecast(programs, frozenset(files))
+        return Candidate(model, schedule, files, memory, self.needed(memory))
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What the machine can do."""
+        return self.budget.profile or Profile.find(None)
+
+    def time(self, model: ir.Model) -> PlanTime:
+        """The forecast time of a plan with its schedule."""
+        return plan_time(model, plan_cost(model), self.profile, self.budget.transport)
+
+    def seconds(self, candidate: Candidate) -> float:
+        """Forecast time, with what goes to files and comes from there."""
+        filed = candidate.memory.filed * (1 / self.profile.write + 1 / self.profile.read)
+        return self.time(_chosen(candidate)).seconds + filed
+
+
+def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Schedule]:
+    """The schedule with ever thinner slabs, down to so many cells; each is set in the model."""
+    given = dialect.get_schedule(model)
+    assert given is not None
+    longest = max((dialect.shape_of(v)[a] for v in model.graph.inputs
+                   if (a := rolled_axis(v, axis)) is not None), default=1)
+    thickness = 1 << max(0, (longest // 4).bit_length() - 1)
+    while thickness >= least and longest > 1 and given.thickness:
+        schedule = replace(given, thickness=(thickness,) * len(given.thickness))
+        dialect.set_schedule(model, schedule)
+        yield schedule
+        thickness //= 2
+
+
+def _candidates(model: ir.Model, axis: str, room: _Room) -> Iterator[Candidate]:
+    """Thick slabs first, down to where thinner ones need no less or only add steps."""
+    least = math.inf
+    for schedule in _thinner(model, axis):
+        one = localise(model, largest_rank(model))
+        frugal = room.candidate(model, schedule, [one], _resting(one))
+        fits = room.fits(frugal.memory)
+        if not schedule.strips:
+            found = room.candidate(model, schedule, [one])
+            yield found if room.fits(found.memory) else _with_files(found, [one], room) if fits else frugal
+            if room.fits(found.memory):
+                return
+        elif fits:
+            programs = programs_of(model)
+            found = _with_files(room.candidate(model, schedule, programs), programs, room)
+            yield found
+            if not found.files and room.fits(found.memory):
+                return
+        else:
+            yield replace(frugal, is_exact=False)
+        if frugal.needed > 0.99 * least:
+            return
+        least = frugal.needed
+
+
+def _resting(program: Program) -> tuple[str, ...]:
+    return tuple(name for name, spec in program.buffers.items() if spec.place == "resting")
+
+
+def _with_files(found: Candidate, programs: Sequence[Program], room: _Room) -> Candidate:
+    """The same slabs with as few resting tensors in files as the budget asks for, or as can be."""
+    while not room.fits(found.memory):
+        over = [n for n in (found.memory.crowd if room.crowded(found.memory) else found.memory.rests)
+                if n not in found.files]
+        if not over:
+            break
+        found = room.candidate(found.model, found.schedule, programs, (*found.files, over[0]))
+    return found
+
+
+def _mark(model: ir.Model, schedule: dialect.Schedule | None, files: Sequence[str]) -> None:
+    if schedule is not None:
+        dialect.set_schedule(model, schedule)
+    chosen = set(files)
+    for value in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs)):
+        dialect.set_filed(value, value.name in chosen)
+
+
