@@ -17,6 +17,7 @@ from partitioner.budget import Budget, with_slab_peaks
 from partitioner.compiler import DepthFirst, Steering
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError
+from partitioner.interior import can_overlap
 from partitioner.layout import Cuts, even_cuts
 from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.planner.choice import Choice, Form, Goal, Rejected, Way
@@ -168,7 +169,8 @@ class Search:
     def _steered(self, way: Way) -> list[Way]:
         """A way and what it becomes by one change after the other, each kept when it gains."""
         found = [way]
-        for change in (self._with_other_cuts, self._with_replicated_layers, self._with_deeper_halos):
+        for change in (self._with_other_cuts, self._with_replicated_layers, self._with_deeper_halos,
+                       self._with_interiors_first):
             best = found[0]
             if best.form.mesh.size == 1 or dialect.get_schedule(best.model) is not None:
                 break
@@ -239,6 +241,21 @@ class Search:
                 steering = replace(way.form.steering, deepened=values)
                 yield from self._changed(way, replace(way.form, steering=steering),
                                          f"{len(values)} values with deeper halos")
+
+    def _with_interiors_first(self, way: Way) -> Iterator[Way]:
+        """Where the messages of an exchange take longer than the more calls that its reader's interior costs."""
+        steering = replace(way.form.steering, overlapped=None)
+        for every in self._changed(way, replace(way.form, steering=steering), "all interiors first"):
+            nodes = list(self.seeds.graph)
+            gains = seconds_by_node(way.time, nodes) - seconds_by_node(every.time, nodes)
+            place = {str(value.name): index for index, node in enumerate(nodes) for value in node.outputs}
+            chosen = {str(exchange.name) for overlap in can_overlap(every.model) for exchange in overlap.exchanges
+                      if any(gains[place[str(v.name)]] > 0 for v in overlap.node.outputs if str(v.name) in place)}
+            marked = {str(n.name) for n in every.model.graph if dialect.is_exchange(n) and dialect.is_overlapped(n)}
+            yield every
+            if chosen and chosen < marked:
+                steering = replace(steering, overlapped=frozenset(chosen))
+                yield from self._changed(way, replace(way.form, steering=steering), f"{len(chosen)} interiors first")
 
     # --- refusal ------------------------------------------------------------------------------
 
