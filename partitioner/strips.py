@@ -10,7 +10,7 @@ computed by both sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -72,7 +72,6 @@ class CutPoints:
                       for n in self.nodes for v in n.outputs if v.dtype is not None and self._is_split(v)}
         self.work = {node: float(operations(node, dialect.get_layout(node.outputs[0]), mesh).sum())
                      for node in self.links}
-        self.exchanged = {v for v in self.bytes if any(_is_halo(use.node) for use in v.uses())}
         self.middle = {name: mesh.count(name) // 2 for name in strips}
         self.crossing = list(self._crossing())
 
@@ -86,9 +85,8 @@ class CutPoints:
         points = sorted({0, count, *inner})
         graph: nx.DiGraph[int] = nx.DiGraph()
         for end in points[1:]:
-            for start, twice in self._computed_twice(end, points):
-                met = self.crossing[end] - self.crossing[start]
-                rests, exchanged = sum(self.bytes[v] for v in met), len(met & self.exchanged)
+            for start, twice, exchanged in self._segments(end, points):
+                rests = sum(self.bytes[v] for v in self.crossing[end] - self.crossing[start])
                 graph.add_edge(start, end, weight=twice * prices.operation + rests * prices.byte
                                + exchanged * prices.exchange)
         return nx.shortest_path(graph, 0, count, weight="weight")
@@ -112,8 +110,8 @@ class CutPoints:
         for p in range(len(self.nodes) + 1):
             yield frozenset(v for n in self.nodes[:p] for v in n.outputs if v in last and last[v] >= p)
 
-    def _computed_twice(self, end: int, points: Sequence[int]) -> Iterator[tuple[int, float]]:
-        """(start, operations done twice from there to the end) for every earlier point."""
+    def _segments(self, end: int, points: Sequence[int]) -> Iterator[tuple[int, float, int]]:
+        """(start, operations done twice from there to the end, halos exchanged there) for every earlier point."""
         held: dict[tuple[ir.Value, str], Interval] = {}
         total = 0.0
         starts = {p for p in points if p < end}
@@ -122,7 +120,12 @@ class CutPoints:
             if node in self.links:
                 total += self.work[node] * (self._grow(node, held, self.crossing[end]) - 1)
             if index in starts:
-                yield index, total
+                yield index, total, sum(self._reaches_out(v, held) for v in self.crossing[index])
+
+    def _reaches_out(self, value: ir.Value, held: Mapping[tuple[ir.Value, str], Interval]) -> bool:
+        """Whether more of a value is needed than a rank's own cells."""
+        pairs = ((self._own(value, name), held.get((value, name))) for name in self.strips)
+        return any(own is not None and need is not None and _hull(own, need) != own for own, need in pairs)
 
     def _grow(self, node: ir.Node, held: dict[tuple[ir.Value, str], Interval], met: frozenset[ir.Value]) -> float:
         """How many times its own cells a node computes; what it needs for them is noted of its inputs."""
