@@ -10,7 +10,8 @@
 `%` is a value that lives in shards, `@` a weight that everyone has.  A layout gives an axis' extent, or the
 mesh axis that splits it with the cuts (`depth(0|5|9)`) or each shard's own cells where shards overlap or lie
 in pieces (`depth(0:6 4:9)`).  `halo depth -1+1` are the most cells that any rank gets before and after its
-own.  Small integer constants stand in the line themselves.
+own; the messages of an `overlapped` exchange travel while its first reader computes its interior.  Small integer
+constants stand in the line themselves.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _exchange(node: ir.Node) -> str:
     before, after = dialect.get_layout(source), dialect.get_layout(target)
     changes = [_change(before, after, axis) for axis in range(len(after.shape))]
     told = "; ".join(filter(None, changes)) or "nothing moves"
-    return f"{_type(source)} -> {after}  {told}"
+    return f"{_type(source)} -> {after}  {told}" + (", overlapped" if dialect.is_overlapped(node) else "")
 
 
 def _change(before: Layout, after: Layout, axis: int) -> str:

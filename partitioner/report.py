@@ -159,6 +159,7 @@ def _node(step: StepCost, cost: PlanCost) -> dict[str, Any]:
         found["needed"] = str(layout)
         found["halo"] = {str(axis): list(widths) for axis, widths in halo_widths(node).items()}
         found["gather"] = is_gather(node)
+        found["overlapped"] = dialect.is_overlapped(node)
     found["replicated"] = list(replicated_axes(node, cost))
     return found
 
@@ -226,6 +227,7 @@ def _node_table(cost: PlanCost) -> Table:
         style = "dim" if dialect.is_communication(node) else ""
         if dialect.is_exchange(node):
             halo = ", ".join(f"axis {a}: {lo}+{hi}" for a, (lo, hi) in halo_widths(node).items())
+            halo += ", overlapped" if dialect.is_overlapped(node) else ""
             style = "cyan"
         if is_gather(node):
             halo, style = "GATHERED", "bold red"

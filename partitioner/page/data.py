@@ -102,6 +102,7 @@ def _node(step: StepCost, cost: PlanCost, tables: Tables) -> dict[str, Any]:
         owned = dialect.get_layout(node.inputs[0])
         found |= {"owned": tables.number(owned), "owned_text": short_layout(owned)}
         found["halo"] = {str(axis): list(widths) for axis, widths in halo_widths(node).items()}
+        found |= {"overlapped": True} if dialect.is_overlapped(node) else {}
     live = 0 if cost.slab_peak is not None else int(step.live.max(initial=0))
     figures = {"sent": int(step.sent.sum()), "sent_max": int(step.sent.max(initial=0)), "live": live,
                "messages": int(step.messages.sum()), "flops": _number(float(step.flops.sum()))}

@@ -105,6 +105,7 @@ function showChosen(before) {
     make("h3", {}, item.name, make("span", { class: "badge", kind: item.kind }, item.op),
       make("span", { class: "muted small" }, KIND_NAMES[item.kind])),
     make("p", {}, layout), haloText(item) ? make("p", {}, `halo before + after: ${haloText(item)}`) : "",
+    item.overlapped ? make("p", {}, "travels while the first reader computes what needs no halo") : "",
     make("p", { class: "muted" }, figures.join("; ")), links("reads", item.reads || []), links("read by", item.readBy));
 }
 
