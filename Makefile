@@ -57,7 +57,7 @@ test-browser: $(VENV)/.installed-browser
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf demo-output benchmark-results train-output
+	rm -rf demo-output train-output
 	find $(PACKAGES) benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up -------------------------------------------------------------------------------------
