@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from partitioner.errors import ExecutionError, PartitionError
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
+    from partitioner.outlook import forecast
+    from partitioner.planner.scaling import Scaling
     from partitioner.profile import Link, Profile
     from partitioner.verify import Verification
     from runtime.training import checkpoint, data, losses
@@ -27,6 +29,8 @@ _HOMES = {
     "partition": "partitioner.api",
     "load": "partitioner.api",
     "Plan": "partitioner.api",
+    "forecast": "partitioner.outlook",
+    "Scaling": "partitioner.planner.scaling",
     "Session": "partitioner.api",
     "Verification": "partitioner.verify",
     "Mesh": "partitioner.mesh",
@@ -40,8 +44,8 @@ _HOMES = {
 _MODULES = {"checkpoint": "runtime.training.checkpoint", "data": "runtime.training.data",
             "losses": "runtime.training.losses", "monai": "partitioner.monai"}
 
-__all__ = ["ExecutionError", "Link", "Mesh", "PartitionError", "Plan", "Profile", "Session", "Verification",
-           "checkpoint", "data", "load", "load_operators", "losses", "monai", "partition"]
+__all__ = ["ExecutionError", "Link", "Mesh", "PartitionError", "Plan", "Profile", "Scaling", "Session", "Verification",
+           "checkpoint", "data", "forecast", "load", "load_operators", "losses", "monai", "partition"]
 
 
 def __getattr__(name: str) -> Any:

@@ -104,8 +104,8 @@ def partition(  # noqa: PLR0913 (the words of the command)
     Raises:
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
-    source, found = _source(model, example, train)
-    wrapping = Wrapping.of(around, lambda other: _source(other, example if _is_module(other) else None, train)[0])
+    source, found = source_of(model, example, train)
+    wrapping = Wrapping.of(around, lambda other: source_of(other, example if _is_module(other) else None, train)[0])
     if wrapping:
         refuse_all(source_problems(source))
         source = compose(source, wrapping)
@@ -140,7 +140,8 @@ def load(path: str | Path) -> Plan:
     return Plan(model)
 
 
-def _source(model: Any, example: Any, train: bool) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+def source_of(model: Any, example: Any, train: bool) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    """A model that a user gives in any form, and the extents of its inputs where an example tells them."""
     if example is not None or _is_module(model):
         from partitioner.exporter import export_module
 

@@ -1,4 +1,4 @@
-"""The command `partition`: plan, report, compile, run, verify, calibrate."""
+"""The command `partition`: plan, report, compile, run, verify, calibrate, forecast."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from partitioner.console import (
     write,
 )
 from partitioner.errors import AgreedError, AgreedFailure, ExecutionError, PartitionError
+from partitioner.forecasting import add_arguments, forecast_devices
 from partitioner.running import load_named_operators, run_files
 from partitioner.signals import Ended, orderly_end
 
@@ -33,6 +34,7 @@ EXAMPLES = """examples:
   partition run unet3d.onnx --mesh depth=2 --backend gloo --input ct.nii.gz --output logits.nii.gz
   partition verify unet3d.plan.onnx --backend gloo
   partition calibrate
+  partition forecast unet3d.onnx --devices 1,2,4,...,4096 --sizes 256,512,1024 --memory 40GiB --profile h100
   torchrun --nnodes 2 ... -m partitioner.cli run unet3d.plan.onnx --input ct.npy --output logits.npy
 """
 
@@ -145,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
                            help="CPU threads of a process (default: measured for 1 and for all cores)")
     calibrate.add_argument("--quick", action="store_true", help="in less time, less precise")
     calibrate.set_defaults(json=False)
+    forecast = _command(commands, "forecast", _with_operators(forecast_devices),
+                        "tell what a model will take on few and many devices")
+    add_arguments(forecast)
+    _wrapping_options(forecast)
     return parser
 
 

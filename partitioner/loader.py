@@ -305,6 +305,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside and rename.
+
+    Raises:
+        PartitionError: when the path cannot be written.
+    """
+    with _replacing(path) as (temporary, _):
+        temporary.write_bytes(data)
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Generator[tuple[Path, Path]]:
     """A path to write to, which takes the place of a file when the block succeeds, and that file's real path.

@@ -45,7 +45,8 @@ WORDS = ("preprocess", "channels", "tta", "ensemble", "output_op")
 """The options that put something around the network."""
 
 
-def _shapes(options: argparse.Namespace, asked: Asked) -> dict[str, tuple[int, ...]]:
+def given_shapes(options: argparse.Namespace, asked: Asked) -> dict[str, tuple[int, ...]]:
+    """Extents per input, as `--shape` gives them."""
     names = [*(n for n in asked.channels), *(n for n in asked.names if n.rpartition("/")[0] not in asked.channels)]
     found: dict[str, tuple[int, ...]] = {}
     for text in options.shape:
@@ -160,7 +161,7 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
     """The plan that the options ask for: read from a file, or compiled now."""
     asked = asked_model(options) if asked is None else asked
     model = asked.model
-    given = _shapes(options, asked)
+    given = given_shapes(options, asked)
     if dialect.is_plan(model):
         return _checked_plan(model, options, given)
     shapes = {**(file_shapes or {}), **given}

@@ -36,7 +36,7 @@ from partitioner.slabs import Rest, find_rests
 LOCKSTEP = "lockstep"
 """The transport of ranks in one process, which compute one after the other."""
 
-_MERGE_CALLS = 8
+MERGE_CALLS = 8
 """Small kernels that merge one peer's partial result."""
 
 
@@ -311,7 +311,7 @@ class _Clock:
         sends = self._message_seconds(step)
         compute = np.full(self.mesh.shape, max(1, turns.count) * self.kernels.step)
         if dialect.is_all_reduce(node):
-            compute = compute + messages * _MERGE_CALLS * self.kernels.launch
+            compute = compute + messages * MERGE_CALLS * self.kernels.launch
         elif self.transport != LOCKSTEP and not _is_dense(node):
             packed = 2 * (step.sent + step.received)
             compute = compute + self._repeated("move", packed, max(1, turns.count))

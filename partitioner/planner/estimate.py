@@ -6,9 +6,10 @@ per mesh tells kernels, halos, gathers and merges of all of them:
     seconds = kernels at the largest shard + messages of halos, gathers and merges
     bytes   = the most that is alive at once
 
-Both leave out what only the cuts decide (cells at the borders of strided layers, waiting), so that they are a little
-less than what a plan of that mesh takes: the search looks at meshes in this order, and stops when what is left is
-estimated to be slower than what it has found.
+Both leave out what only the cuts decide (cells at the borders of strided layers, waiting, copies), so that they are
+never more than what a plan of that mesh takes: the search looks at meshes in this order, and stops when what is left is
+estimated to be slower than what it has found.  In lock-step, where shards take their time one after the other, the
+mean shard stands for all.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from partitioner.curves import FloatArray
 from partitioner.kinds import kernel_seconds
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
-from partitioner.profile import Profile
-from partitioner.timing import LOCKSTEP
+from partitioner.profile import Kernels, Profile
+from partitioner.timing import LOCKSTEP, MERGE_CALLS
 
-_PARTIAL = 1024
-"""Bytes of a partial result, about."""
+_PARTIAL = 8
+"""Bytes of a partial result, at least."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Estimates:
         for value in (*self.model.graph.inputs, *(v for node in self.model.graph for v in node.outputs)):
             if dialect.has_layout(value) and value.uses():
                 total = total + self._exchange(value)
+        total = total + sum(self._edge(v) for v in (*self.model.graph.inputs, *self.model.graph.outputs)
+                            if v.producer() is not None or v.uses())
         return total * (self._sizes if self.transport == LOCKSTEP else 1.0)
 
     @cached_property
@@ -84,12 +87,21 @@ class Estimates:
         return np.array([mesh.count(name) for mesh in self.meshes], np.float64)
 
     def _parts(self, value: ir.Value) -> list[FloatArray | float]:
-        """Extents of the largest shard of a value, axis by axis."""
+        """Extents of the largest shard of a value, axis by axis; of the mean one in lock-step."""
         if not dialect.has_layout(value):
             return [float(n) for n in dialect.shape_of(value)]
         layout = dialect.get_layout(value)
-        return [float(n) if split is None else np.ceil(n / self._count(split.mesh_axis))
+        return [float(n) if split is None else self._part(n, split.mesh_axis)
                 for n, split in zip(layout.shape, layout.axes, strict=True)]
+
+    def _part(self, n: int, name: str) -> FloatArray:
+        found = n / self._count(name)
+        return found if self.transport == LOCKSTEP else np.ceil(found)
+
+    def _sides(self, name: str) -> FloatArray:
+        """Neighbours along an axis of the shard that has most; on the mean in lock-step."""
+        peers = self._count(name) - 1
+        return 2 * peers / (peers + 1) if self.transport == LOCKSTEP else np.minimum(peers, 2)
 
     def _cells(self, value: ir.Value) -> FloatArray:
         return np.zeros(len(self.meshes)) + math.prod(self._parts(value), start=np.float64(1.0))
@@ -108,6 +120,21 @@ class Estimates:
                                    [o[where] for o in outs])
             total[where] = found + kernels.step
         return total + self._merges(node)
+
+    def _edge(self, value: ir.Value) -> FloatArray:
+        """An input that is read into its buffer, an output that is copied out of it."""
+        shape = dialect.shape_of(value)
+        kind = "reorder" if len(shape) > 3 and shape[1] > 1 else "pointwise"
+        return self._overhead(0.0, 1.0) + self._kernels.seconds(kind, 0.0, 2.0 * self._bytes(value))
+
+    def _overhead(self, launches: FloatArray | float, steps: FloatArray | float) -> FloatArray:
+        """What so many small calls and steps of the executor take."""
+        return np.zeros(len(self.meshes)) + launches * self._kernels.launch + steps * self._kernels.step
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        """The fastest that any of the meshes has."""
+        return self.profile.for_threads(self.threads)
 
     @cached_property
     def _threads(self) -> list[tuple[int | None, NDArray[np.intp]]]:
@@ -133,23 +160,23 @@ class Estimates:
             if halo is None:
                 total = np.maximum(total, self._sent(peers * self._bytes(value), peers))
                 continue
-            sides = np.minimum(peers, 2) * (halo > 0)
-            held = held * (1.0 + halo / 2 * sides / parts[axis])
+            sides = self._sides(split.mesh_axis) * (halo > 0)
+            held = held * (1.0 + np.minimum(halo / 2 * sides, layout.shape[axis] - parts[axis]) / parts[axis])
             neighbours = neighbours * (1.0 + sides)
             packs = np.maximum(packs, sides * (axis > 2 or (axis == 2 and layout.shape[0] > 1)))
         nbytes = (held - 1.0) * self._bytes(value)
         if self.transport != LOCKSTEP:
-            move = self.profile.for_threads(self.threads).seconds("move", 0.0, 4.0 * nbytes)
-            total = total + np.where(packs > 0, move, 0.0)
+            total = total + np.where(packs > 0, self._kernels.seconds("move", 0.0, 4.0 * nbytes), 0.0)
+        total = total + np.where(neighbours > 1, self._overhead(0.0, 1.0), 0.0)
         return total + self._sent(nbytes, neighbours - 1.0)
 
     def _merges(self, node: ir.Node) -> FloatArray:
         """All-reduces of a node's partial results."""
-        total, reduced = np.zeros(len(self.meshes)), reduction_splits(node)
-        for name in {split.mesh_axis for splits in reduced.values() for split in splits.values()}:
-            peers = self._count(name) - 1
-            total = total + self._sent(peers * _PARTIAL, peers)
-        return total
+        reduced = reduction_splits(node)
+        names = sorted({split.mesh_axis for splits in reduced.values() for split in splits.values()})
+        peers = sum((self._count(name) - 1 for name in names), start=np.zeros(len(self.meshes)))
+        merging = self._overhead(MERGE_CALLS * peers, 1.0)
+        return np.where(peers > 0, self._sent(peers * _PARTIAL, peers) + merging, 0.0)
 
     def _sent(self, nbytes: FloatArray, messages: FloatArray) -> FloatArray:
         return np.where(messages > 0, self.profile.message_seconds(nbytes, messages, self.transport), 0.0)
