@@ -3,7 +3,8 @@
 `report` makes Markdown, CSV and pictures of results; `compare` holds two of them against one another.
 
 `seams` shows what a sliding window costs; `conformance` runs the onnx package's own node tests partitioned;
-`train` trains a 3D U-Net on shards; `forecast` holds what plans foretell against what is measured.
+`train` trains a 3D U-Net on shards; `forecast` holds what plans foretell against what is measured; `overlap` measures
+what computing interiors while halos travel is worth over links of several delays.
 """
 
 from __future__ import annotations
@@ -118,6 +119,23 @@ def _forecast(options: argparse.Namespace) -> int:
     return run_forecasts(chosen, console if console.is_terminal else Console(width=130))
 
 
+def _overlap(options: argparse.Namespace) -> int:
+    from benchmarks.overlaps import Options, run_overlaps
+
+    if min(options.delays) < 0:
+        raise UsageError("--delays: at least 0 milliseconds are needed")
+    chosen = Options(
+        extents=tuple(_at_least(16, "--sizes", size) for size in options.sizes),
+        delays=tuple(1e-3 * delay for delay in options.delays),
+        mesh=options.mesh,
+        repeats=_at_least(1, "--repeats", options.repeats),
+        profile=options.profile,
+        output=options.output,
+    )
+    console = Console()
+    return run_overlaps(chosen, console if console.is_terminal else Console(width=130))
+
+
 def _at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise UsageError(f"{name} {value}: at least {least} is needed")
@@ -163,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     _add_forecast(commands)
+    _add_overlap(commands)
     return parser
 
 
@@ -174,6 +193,17 @@ def _add_forecast(commands: Any) -> None:
     told.add_argument("--repeats", type=int, default=3, help="runs of every case, after one to warm up")
     told.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     told.set_defaults(command=_forecast)
+
+
+def _add_overlap(commands: Any) -> None:
+    told = commands.add_parser("overlap", help="interior before boundary on gloo ranks, with and without, in turn")
+    told.add_argument("--sizes", type=int, nargs="+", default=[64, 80, 96], metavar="N", help="voxels along each axis")
+    told.add_argument("--delays", type=float, nargs="+", default=[0, 2, 10], metavar="MS", help="of every message")
+    told.add_argument("--mesh", default="depth=2", help="as for partition --mesh")
+    told.add_argument("--repeats", type=int, default=7, help="runs of each side, after one to warm up")
+    told.add_argument("--profile", type=Path, metavar="FILE", help="for the forecasts (default: this machine's)")
+    told.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    told.set_defaults(command=_overlap)
 
 
 if __name__ == "__main__":

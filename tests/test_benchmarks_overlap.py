@@ -1,0 +1,44 @@
+"""The table of overlaps: both sides with medians, ranges, ratios and forecasts; bad options are refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.__main__ import main
+from benchmarks.overlaps import Options, Sample, table
+
+OPTIONS = Options((64,), (0.0, 0.002), "depth=2", 3, None, None)
+
+
+def test_the_table_has_both_sides() -> None:
+    found = [Sample(64, 0.002, (0.3, 0.2, 0.4), (0.24, 0.27, 0.25), 0.2, 0.1)]
+    assert found[0].ratio == pytest.approx(0.25 / 0.3) and found[0].ratio_forecast == pytest.approx(0.5)
+    console = Console(width=130, file=io.StringIO())
+    console.print(table(found, OPTIONS))
+    text = console.file.getvalue()
+    assert all(said in text for said in ("64^3", "2 ms", "0.300 (0.200-0.400)", "0.250 (0.240-0.270)", "0.83", "0.50"))
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--sizes", "8"], "--sizes 8"),
+    (["--delays", "-1"], "--delays"),
+    (["--repeats", "0"], "--repeats 0"),
+    (["--sizes", "16", "--mesh", "depth=99"], "depth"),
+])
+def test_bad_options_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["overlap", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    assert main(["overlap", "--sizes", "32", "--delays", "0", "5", "--repeats", "1", "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    assert [sample["delay"] for sample in figures] == [0.0, 0.005]
+    assert all(len(sample["plain"]) == len(sample["overlapped"]) == 1 for sample in figures)
