@@ -69,7 +69,7 @@ def summary(results: Results) -> str:
     text = (
         f"Suite `{results.suite}`, {results.environment['started'][:10]}, commit "
         f"`{_short(results.environment['commit'])}`; {', '.join(where)}; {results.threads} threads in all, "
-        f"{results.repeats} interleaved processes per side; load average before: {machine['load_average']:.1f}. "
+        f"processes per side, interleaved: {results.repeats}; load average before: {machine['load_average']:.1f}. "
         f"{versions}."
     )
     if results.interrupted:

@@ -150,7 +150,7 @@ _SMOKE = Suite(
               Side("sliding window, 0.25", "sliding window", window=Window(8, 0.25)), OURS, RANKS),
              bars=(Bar("time", OURS.name, EAGER.name, 1.0), Bar("messages per rank", RANKS.name, None, 8)),
              limits=True),
-        Case("compiled", "the same with torch.compile, which compiles for a minute", _TINY_NETWORK,
+        Case("compiled", "the network of `peers` with torch.compile, which compiles for a minute", _TINY_NETWORK,
              (1, 1, 16, 12, 20), (EAGER, COMPILED, OURS), optional=True),
     ),
 )

@@ -18,7 +18,7 @@ WIDTH = 130
 COLUMNS = ("time s", "ratio", "memory MB", "process MB", "forecast MB", "sent MB", "messages", "of limits %",
            "difference")
 LEGEND = (
-    "medians and ranges of {repeats} processes each; ratio: of the time to {first}; memory: rise over the idle "
+    "medians and ranges, processes per side: {repeats}; ratio: of the time to {first}; memory: rise over the idle "
     "processes, all of them together; process: the largest single one, and what the plan forecasts for its "
     "activations; of limits: arithmetic, and bytes read and written, against the best of this machine; "
     "difference: max|a-b| / max|b| from {first}"
