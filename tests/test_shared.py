@@ -1,0 +1,53 @@
+"""Ranks over shared memory: the bits of lock-step, the bytes foretold, and what happens when one dies."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+import partitioner as pt
+from tests.models import NETWORKS
+from tests.test_deaths import check_dead, workers
+
+SHAPES = ((1, 1, 13, 17, 11), (1, 1, 29, 31, 18))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> pt.Plan:
+    path = tmp_path_factory.mktemp("shared") / "model.onnx"
+    NETWORKS["unet3d-stride-instance"].export(path, dynamic=True, exporter="dynamo")
+    return pt.partition(path, mesh="depth=2,height=2", shapes={"volume": SHAPES[0]})
+
+
+def test_the_bits_of_lockstep_and_the_bytes_foretold(plan: pt.Plan) -> None:
+    """Also after a change to larger extents, for which blocks are too small."""
+    with plan.session("shm", threads=1) as session:
+        for shape in (*SHAPES, SHAPES[0]):
+            x = {"volume": np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
+            same = plan if shape == SHAPES[0] else plan.with_shapes({"volume": shape})
+            assert np.array_equal(session.run(x)["logits"], same.run(x)["logits"])
+            assert session.last_run is not None
+            assert [r.sent_bytes for r in session.last_run.ranks] == same.cost.sent.reshape(-1).tolist()
+            assert [r.messages for r in session.last_run.ranks] == same.cost.messages.reshape(-1).tolist()
+
+
+def test_a_rank_that_dies(plan: pt.Plan) -> None:
+    session = plan.session("shm", threads=1)
+    processes = workers(session)
+    x = {"volume": np.zeros(SHAPES[0], np.float32)}
+    session.run(x)
+    processes[1].kill()
+    begin = time.monotonic()
+    with pytest.raises(pt.ExecutionError, match=r"\Arank 1 was killed by SIGKILL[^\n]*\Z"):
+        session.run(x)
+    assert time.monotonic() - begin < 30
+    check_dead(session, processes)
+
+
+def test_only_memory_of_the_host(plan: pt.Plan) -> None:
+    with pytest.raises(pt.PartitionError, match="backend shm moves the memory of this host, not of device 'cuda'"):
+        plan.session("shm", device="cuda")
+    with pytest.raises(pt.PartitionError, match="for backend gloo, not shm"):
+        plan.session("shm", link=pt.Link(1e-3, 1e9))
