@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 
 from partitioner import dialect
 from partitioner.exchange import IntArray, plan_exchange
-from partitioner.geometry import extent
+from partitioner.garbage import kept_for_later
 from partitioner.layout import Layout
 from partitioner.lifetime import Buffer, Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
+from partitioner.ops.fused import BLOCK, block_workspace, starts
 from partitioner.ops.nodes import needed_by_part, needed_layout, operator_of
 from partitioner.rolling import Turns, count_turns
 
@@ -105,14 +107,27 @@ def _total(figures: Sequence[IntArray], mesh: Mesh) -> IntArray:
 
 
 def cells(layout: Layout, mesh: Mesh) -> IntArray:
-    """Elements that every rank holds of a value."""
+    """Elements that every rank holds of a value; not to be written to."""
+    return _cells(layout, mesh) if mesh.size <= _REMEMBERED else _count_cells(layout, mesh)
+
+
+_REMEMBERED = 1 << 16
+"""Ranks up to which elements are remembered: the values of a plan have few different layouts."""
+
+
+@lru_cache(64)
+def _cells(layout: Layout, mesh: Mesh) -> IntArray:
+    return _count_cells(layout, mesh)
+
+
+def _count_cells(layout: Layout, mesh: Mesh) -> IntArray:
     total = np.ones(mesh.shape, dtype=np.int64)
     for axis, n in enumerate(layout.shape):
         split = layout.axes[axis]
         if split is None:
             total = total * n
             continue
-        counts = np.array([extent(part) for part in split.parts], dtype=np.int64)
+        counts = np.array(split.extents, dtype=np.int64)
         shape = [len(counts) if name == split.mesh_axis else 1 for name in mesh.names]
         total = total * counts.reshape(shape)
     return total
@@ -123,6 +138,7 @@ def bytes_of(layout: Layout, dtype: ir.DataType, mesh: Mesh) -> IntArray:
     return np.ceil(cells(layout, mesh) * dtype.itemsize).astype(np.int64)
 
 
+@kept_for_later()
 def plan_cost(model: ir.Model) -> PlanCost:
     """The cost of a plan on every rank."""
     mesh, lifetimes = dialect.get_mesh(model), find_lifetimes(model)
@@ -212,7 +228,8 @@ def _workspace(node: ir.Node, mesh: Mesh, lifetimes: Lifetimes) -> IntArray:
 def _kernel_bytes(node: ir.Node, needed: Sequence[Layout | None], outs: Sequence[Layout], mesh: Mesh) -> IntArray:
     """What a kernel takes for some cells of its results."""
     given = [_as_number(np.zeros(mesh.shape) if layout is None else cells(layout, mesh)) for layout in needed]
-    total = operator_of(node).workspace(given, [_as_number(cells(layout, mesh)) for layout in outs])
+    operator, results = operator_of(node), [_as_number(cells(layout, mesh)) for layout in outs]
+    total = block_workspace(operator, given, results) if starts(operator) else operator.workspace(given, results)
     return np.broadcast_to(np.ceil(np.asarray(total, float)).astype(np.int64), mesh.shape)
 
 
@@ -227,7 +244,8 @@ def copied_bytes(node: ir.Node, part: Layout, mesh: Mesh, lifetimes: Lifetimes, 
         return np.zeros(mesh.shape, dtype=np.int64)
     buffer = lifetimes.buffers[lifetimes.buffer_of[str(value.name)]]
     own, held = bytes_of(part, value.dtype, mesh), bytes_of(buffer.layout, buffer.dtype, mesh)
-    return np.where(is_rest | (own != held), own, 0)
+    in_blocks = (own > BLOCK) & starts(operator_of(node))
+    return np.where((is_rest | (own != held)) & ~in_blocks, own, 0)
 
 
 def exchange_traffic(node: ir.Node, mesh: Mesh) -> tuple[IntArray, IntArray, IntArray]:

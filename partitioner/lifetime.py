@@ -2,22 +2,26 @@
 
 A halo exchange adds its halo to the buffer that already holds the owned cells: the value before and the
 value after share one buffer of the larger extents, and nothing is copied.  A view (reshape, crop) keeps
-the buffer of its input alive instead of taking one of its own.  What an overlapped exchange sends stays until the
-node that computes meanwhile is done.
+the buffer of its input alive instead of taking one of its own.  What works cell by cell on a value that nobody
+reads any more takes its memory, and a part of a concatenation is computed where it will lie.  What an overlapped
+exchange sends stays until the node that computes meanwhile is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.geometry import covers
+from partitioner.inplace import Place, find_in_place, find_placed
 from partitioner.interior import Overlap, find_overlaps
 from partitioner.layout import Layout
 from partitioner.ops.nodes import operator_of
+
+Shifts = tuple[tuple[int, int], ...]
+"""Axes, and by how many cells a value is moved along them in its buffer."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +50,41 @@ class Lifetimes:
     buffers: dict[str, Buffer]
     buffer_of: dict[str, str]
     overlaps: dict[ir.Node, Overlap] = field(default_factory=dict[ir.Node, Overlap])
+    shifts: dict[str, Shifts] = field(default_factory=dict[str, Shifts])
 
     def released_after(self, step: int) -> tuple[str, ...]:
         """Buffers that no later step reads."""
         return tuple(b.name for b in self.buffers.values() if b.dies == step)
 
 
-def find_lifetimes(model: ir.Model) -> Lifetimes:
-    """Buffers of a plan whose steps are its nodes in order."""
+def find_lifetimes(model: ir.Model, in_place: bool = True) -> Lifetimes:
+    """Buffers of a plan whose steps are its nodes in order.
+
+    Args:
+        in_place: whether what works cell by cell takes the memory of its input; not for training.
+    """
     nodes = list(model.graph)
     position = {node: index for index, node in enumerate(nodes)}
-    shared = _shared_buffers(nodes)
+    homes = _Homes(_shared_buffers(nodes), find_in_place(model, nodes, position) if in_place else {},
+                   find_placed(model, nodes, position) if in_place else {})
     buffer_of: dict[str, str] = {}
+    shifts: dict[str, Shifts] = {}
     born: dict[str, tuple[int, ir.Value]] = {}
     for step, values in [*_inputs(model, position), *((i, n.outputs) for i, n in enumerate(nodes))]:
         for value in values:
-            name = shared.get(str(value.name), str(value.name))
+            name, shift = homes.of(str(value.name))
             buffer_of[str(value.name)] = name
+            if shift:
+                shifts[str(value.name)] = shift
             if name not in born or step < born[name][0]:
                 born[name] = (step, value)
     overlaps = find_overlaps(model)
     over = position | {exchange: position[o.node] for o in overlaps.values() for exchange in o.exchanges}
     dies = _last_reads(model, nodes, over, buffer_of)
-    bases = _views(nodes, buffer_of, shared)
+    bases = _views(nodes, buffer_of, homes.shared)
     for name, base in reversed(bases.items()):
         dies[base] = max(dies.get(base, -1), dies.get(name, -1))
-    return Lifetimes(_make_buffers(model, buffer_of, born, dies, bases), buffer_of, overlaps)
+    return Lifetimes(_make_buffers(model, buffer_of, born, dies, bases), buffer_of, overlaps, shifts)
 
 
 def _inputs(model: ir.Model, position: dict[ir.Node, int]) -> list[tuple[int, Sequence[ir.Value]]]:
@@ -92,13 +105,40 @@ def _shared_buffers(nodes: Sequence[ir.Node]) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class _Homes:
+    """Where values lie.
+
+    Args:
+        shared: value before a halo exchange -> value after it.
+        taken: value -> the one that takes its memory.
+        placed: value -> the one of which it becomes a part.
+    """
+
+    shared: Mapping[str, str]
+    taken: Mapping[str, str]
+    placed: Mapping[str, Place]
+
+    def of(self, name: str) -> tuple[str, Shifts]:
+        """The buffer of a value, and how far it is moved there."""
+        shifts: list[tuple[int, int]] = []
+        while name in self.taken or name in self.placed:
+            if name in self.taken:
+                name = self.taken[name]
+                continue
+            place = self.placed[name]
+            shifts.append((place.axis, place.start))
+            name = place.value
+        return self.shared.get(name, name), tuple(shifts)
+
+
 def _contains(outer: Layout, inner: Layout) -> bool:
     """Whether every rank keeps all its owned cells, in one piece."""
     for a, b in zip(outer.axes, inner.axes, strict=True):
         if a is None or b is None:
             if a is not b:
                 return False
-        elif a.mesh_axis != b.mesh_axis or not all(covers(p, q) for p, q in zip(a.parts, b.parts, strict=True)):
+        elif a.mesh_axis != b.mesh_axis or not a.covers(b):
             return False
     return True
 
@@ -121,7 +161,7 @@ def _last_reads(model: ir.Model, nodes: Sequence[ir.Node], position: dict[ir.Nod
     return dies
 
 
-def _views(nodes: Sequence[ir.Node], buffer_of: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
+def _views(nodes: Sequence[ir.Node], buffer_of: dict[str, str], shared: Mapping[str, str]) -> dict[str, str]:
     """Buffers that are views -> the buffer that they look at."""
     found: dict[str, str] = {}
     for node in nodes:

@@ -31,7 +31,7 @@ class StepBytes:
 
 def find_segments(plan: ir.Model, lifetimes: Lifetimes | None = None) -> Segments:
     """The segments of a plan's nodes: the same on every rank, for they follow from whole tensors."""
-    found, whole = lifetimes or find_lifetimes(plan), dict[str, int]()
+    found, whole = lifetimes or find_lifetimes(plan, in_place=False), dict[str, int]()
     for value in (*plan.graph.inputs, *(v for node in plan.graph for v in node.outputs)):
         name = found.buffer_of.get(str(value.name))
         if name is not None and value.dtype is not None:

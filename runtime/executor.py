@@ -6,18 +6,21 @@ Lock-step has every rank here, a distributed process has one; the loop is the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from partitioner.ops.base import Call
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.moments import merge_moments
+from runtime.arena import LARGE, Arena
 from runtime.feeds import Drain, Feed, Portion
+from runtime.forecast import forecast
 from runtime.memory import allocate_buffer, give_back, in_storage_order, load_weight, parts_of, view, views
 from runtime.program import (
     Action,
     AllReduce,
+    BufferSpec,
     Compute,
     Exchange,
     Finish,
@@ -47,17 +50,32 @@ class Shard:
     weights: Mapping[str, torch.Tensor]
     poison: bool = False
     buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    arena: Arena = field(default_factory=Arena)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight or a living buffer."""
         found = self.weights.get(name)
         return self.buffers[name] if found is None else found
 
-    def allocate(self, name: str) -> torch.Tensor:
-        """Bring a buffer into being."""
-        spec = self.program.buffers[name]
-        self.buffers[name] = allocate_buffer(spec, self.device, self.program.storage, self.poison)
+    def allocate(self, name: str, spec: BufferSpec | None = None) -> torch.Tensor:
+        """Bring a buffer into being, or a part of it for a while."""
+        spec = spec or self.program.buffers[name]
+        self.buffers[name] = allocate_buffer(spec, self.device, self.program.storage, self.poison, self.arena)
         return self.buffers[name]
+
+    def target(self, action: Compute) -> torch.Tensor | None:
+        """Memory for a kernel's result: where its input lies, room in a larger buffer, or a large new one; or none."""
+        first = action.writes[0]
+        if not action.operator.writes_into or not first.is_dense:
+            return None
+        spec = self.program.buffers[first.buffer]
+        there = self.buffers.get(first.buffer)
+        if first.fills and (there is None or there.shape != first.box.shape):
+            spec = replace(spec, box=first.box)
+            if self.device.type != "cpu" or spec.place != "memory" or spec.nbytes <= LARGE:
+                return None
+            self.allocate(first.buffer, spec)
+        return view(self.room(first), first)
 
     def window(self, window: Window) -> torch.Tensor:
         """The cells of a window; none of a buffer that is not there yet."""
@@ -97,7 +115,8 @@ def make_shards(programs: Sequence[Program], devices: Sequence[torch.device], po
     for program, device in zip(programs, devices, strict=True):
         if device not in loaded:
             loaded[device] = {n: load_weight(t, device, program.storage) for n, t in program.weights.items()}
-    return [Shard(p, d, loaded[d], poison) for p, d in zip(programs, devices, strict=True)]
+    arena = Arena()
+    return [Shard(p, d, loaded[d], poison, arena=arena) for p, d in zip(programs, devices, strict=True)]
 
 
 @dataclass
@@ -120,9 +139,12 @@ class Executor:
             after: called with the next turn's number after each, unless messages are under way then.
         """
         self.under_way.clear()
-        turns = in_turns([shard.program for shard in self.shards])
-        with torch.inference_mode():
+        programs = [shard.program for shard in self.shards]
+        turns, spare = in_turns(programs), forecast(programs).spare
+        arena = self.shards[0].arena
+        with torch.inference_mode(), arena.open():
             for index, (number, places) in enumerate(turns[first:], first + 1):
+                arena.keep(spare[index - 1])
                 steps = [(self.shards[place], self.shards[place].program.steps[number]) for place in places]
                 self._act([(shard, step.action) for shard, step in steps], feed, drain)
                 for shard, step in steps:
@@ -240,10 +262,7 @@ def compute(shard: Shard, action: Compute) -> None:
         return
     tensors = tuple(None if w is None else shard.window(w) for w in action.reads)
     boxes = tuple(None if w is None else w.box for w in action.reads)
-    first = action.writes[0]
-    into = None
-    if action.operator.writes_into and not first.fills and first.is_dense:
-        into = view(shard.room(first), first)
+    first, into = action.writes[0], shard.target(action)
     results = action.operator.run(Call(tensors, boxes, outs, into))
     for window, result in zip(action.writes, results, strict=False):
         if into is None or window is not first:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from partitioner.ops.fused import Fused
 from runtime.program import (
     Action,
     Compute,
@@ -45,6 +46,7 @@ class Memory:
         rests: the buffers that rest in memory where the peak is, the largest first.
         crowd: those that rest there when most does.
         copies: what is copied though a kernel that writes in place would not.
+        turns: bytes alive at once in every turn (`in_turns`).
     """
 
     peak: int
@@ -55,6 +57,12 @@ class Memory:
     rests: tuple[str, ...]
     crowd: tuple[str, ...]
     copies: tuple[Copy, ...]
+    turns: tuple[int, ...] = ()
+
+    @property
+    def spare(self) -> tuple[int, ...]:
+        """Bytes below the peak, per turn."""
+        return tuple(self.peak - alive for alive in self.turns)
 
 
 def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -> Memory:
@@ -73,6 +81,7 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
             books[place].act(action)
             highest.enter(books[place])
             highest.note(books, action.name)
+        highest.turn()
         for place in places:
             highest.leave(books[place])
             books[place].beside = 0
@@ -84,7 +93,7 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
     filed = sum(sum(found.filed.values()) for found in books)
     copies = _sums([found.copies for found in books])
     return Memory(highest.peak, highest.where, highest.most, filed, weights, rests, crowd,
-                  tuple(Copy(name, nbytes) for name, nbytes in copies.items()))
+                  tuple(Copy(name, nbytes) for name, nbytes in copies.items()), tuple(highest.turns))
 
 
 def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
@@ -100,6 +109,8 @@ class _Highest:
 
     def __init__(self) -> None:
         self.total = self.rests = self.peak = self.most = 0
+        self.within = 0
+        self.turns: list[int] = []
         self.where = ""
         self.at_peak: dict[str, int] = {}
         self.at_most: dict[str, int] = {}
@@ -114,8 +125,14 @@ class _Highest:
         self.total += books.lives + books.rests + books.beside
         self.rests += books.rests
 
+    def turn(self) -> None:
+        """The end of a turn."""
+        self.turns.append(self.within)
+        self.within = 0
+
     def note(self, books: Sequence[_Books], name: str) -> None:
         """Note the peak, if it is here."""
+        self.within = max(self.within, self.total)
         if self.rests > self.most:
             self.most, self.at_most = self.rests, _sums([found.resting for found in books])
         if self.total > self.peak:
@@ -199,6 +216,8 @@ class _Books:
 
     def _copy(self, action: Compute, window: Window) -> None:
         """A result that is computed beside its place and copied there."""
+        if isinstance(action.operator, Fused) and action.operator.is_beside:
+            self.beside += self._bytes(window)
         if action.operator.writes_into and window is action.writes[0] and window.is_dense:
             return
         self.copies[action.name] = self.copies.get(action.name, 0) + self._bytes(window)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.exchange import RankExchange, plan_exchange
 from partitioner.geometry import Box, Pieces
-from partitioner.lifetime import Lifetimes
+from partitioner.lifetime import Lifetimes, Shifts
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import input_box, operator_of
 from runtime.program import (
@@ -92,7 +92,11 @@ class Localiser:
         buffer = self.lifetimes.buffer_of[name]
         owned = dialect.get_layout(value).box(self.here)
         held = self.boxes[buffer] if self.lifetimes.buffers[buffer].base is None else owned
-        return place(buffer, held, owned if box is None else box, joined)
+        wanted = owned if box is None else box
+        if name not in self.lifetimes.shifts:
+            return place(buffer, held, wanted, joined)
+        found = place(buffer, held, _shifted(wanted, self.lifetimes.shifts[name]), joined)
+        return replace(found, box=wanted, fills=False)
 
     def _acts(self, node: ir.Node) -> Sequence[Action]:
         if node in self.posted:
@@ -161,3 +165,11 @@ def reduction_group(mesh: Mesh, rank: int, name: str) -> tuple[int, ...]:
     """The ranks that differ from this one along one mesh axis only, itself included, in order."""
     here = mesh.coordinates(rank)
     return tuple(mesh.rank({**here, name: i}) for i in range(mesh.count(name)))
+
+
+def _shifted(box: Box, shifts: Shifts) -> Box:
+    """The same cells as a part of another value."""
+    axes = list(box.axes)
+    for axis, start in shifts:
+        axes[axis] = tuple(piece.shift(start) for piece in axes[axis])
+    return Box(tuple(axes))

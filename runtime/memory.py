@@ -15,6 +15,7 @@ import torch
 from partitioner.errors import ExecutionError
 from partitioner.geometry import Interval
 from partitioner.ops.dtypes import torch_dtype
+from runtime.arena import LARGE, Arena
 from runtime.program import MAPPED_FROM, BufferSpec, Window, storage_order
 
 
@@ -30,11 +31,14 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, sto
     return stored.permute([order.index(a) for a in range(len(order))])
 
 
-def allocate_buffer(spec: BufferSpec, device: torch.device, storage: str, poison: bool) -> torch.Tensor:
+def allocate_buffer(spec: BufferSpec, device: torch.device, storage: str, poison: bool,
+                    arena: Arena | None = None) -> torch.Tensor:
     """Memory for a buffer; poisoned with NaN where a test wants to see what nobody wrote."""
     dtype = torch_dtype(spec.dtype)
     if spec.place != "memory" and device.type == "cpu" and spec.nbytes >= MAPPED_FROM:
         tensor = _map(spec, dtype, storage)
+    elif arena is not None and device.type == "cpu" and spec.nbytes > LARGE:
+        tensor = arena.allocate(spec.box.shape, dtype, storage)
     else:
         tensor = allocate(spec.box.shape, dtype, device, storage)
     if poison and tensor.dtype.is_floating_point:

@@ -327,6 +327,7 @@ def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, sto
         streamed: inputs that can only be read at once, from their file's start to its end.
         overlaps: compute interiors while messages travel, where the plan says so; training takes whole steps.
     """
+    from runtime.fuse import fuse
     from runtime.localiser import Localiser
     from runtime.rolled import RolledLocaliser
 
@@ -335,7 +336,8 @@ def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, sto
         program = Localiser(model, rank, lifetimes, overlaps).program()
     else:
         program = RolledLocaliser(model, rank, lifetimes, streamed).program()
-    return program if storage is None else replace(program, storage=storage)
+    program = program if storage is None else replace(program, storage=storage)
+    return fuse(program) if overlaps else program
 
 
 def place(buffer: str, held: Box, wanted: Box, joined: bool = True) -> Window:

@@ -225,7 +225,8 @@ class RolledLocaliser(Localiser):
             if self._rests(buffer):
                 continue
             extent = chain.extent[values[0]]
-            alone = len(values) == 1 and self._fits(values[0], buffer)
+            layouts = [dialect.get_layout(v) for v in values]
+            alone = all(layout == layouts[0] for layout in layouts) and self._fits(values[0], buffer)
             self._set_track(buffer, Track(axis, "resting", extent) if buffer in self.resting else
                             lay_track(axis, values, slabs, extent, alone))
 

@@ -181,7 +181,7 @@ def check_programs(plan: ir.Model, proto: onnx.ModelProto) -> None:
     """Every rank's program has the extents, pads and peers of that device's nodes."""
     devices = Devices(proto)
     for rank in dialect.get_mesh(plan):
-        for step in localise(plan, rank).steps:
+        for step in localise(plan, rank, overlaps=False).steps:  # a step for every node, none joined to another
             if isinstance(step.action, Compute):
                 check_compute(devices, plan, step.action, rank)
             elif isinstance(step.action, Exchange):

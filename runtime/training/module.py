@@ -362,6 +362,6 @@ def _wiring(ranks: Ranks, size: int, storage: str, options: Options, on_backward
 
 
 def _differentiable(plan: ir.Model, ranks: Ranks, wiring: Wiring, storage: str, checkpoint: bool) -> Differentiable:
-    lifetimes = find_lifetimes(plan)
+    lifetimes = find_lifetimes(plan, in_place=False)
     programs = [localise(plan, rank, lifetimes, storage, overlaps=False) for rank in ranks.transport.ranks]
     return Differentiable(plan, programs, ranks.devices, wiring, checkpoint)

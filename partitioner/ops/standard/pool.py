@@ -146,11 +146,22 @@ class MaxPool(Pool):
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o, limit=w.kernel // 2)
                    for w, h, o in zip(self.windows, held, outs, strict=True)]
+        if not torch.is_grad_enabled() and data.device.type == "cpu" and not any(b.lo or b.hi for b in borders):
+            return (self._separate_maximum(data, outs),)
         data = pad_explicitly(data, borders, lowest(data.dtype))
         kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]
         padding, dilation = [b.kernel_pad for b in borders], [w.dilation for w in self.windows]
         pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(outs) - 1]
         return (crop_outputs(pool(data, kernel, stride, padding, dilation), borders, outs),)
+
+    def _separate_maximum(self, data: torch.Tensor, outs: Sequence[Interval]) -> torch.Tensor:
+        """Maxima axis by axis of what needs no padding: torch's own pools compute int64 indices, asked or not."""
+        for axis, (window, out) in enumerate(zip(self.windows, outs, strict=True)):
+            taps = strided_taps(data, axis + 2, window, len(out))
+            data = torch.maximum(taps[0], taps[1]) if len(taps) > 1 else taps[0]
+            for tap in taps[2:]:
+                torch.maximum(data, tap, out=data)
+        return data if any(w.kernel > 1 for w in self.windows) else data.clone()
 
     def _integer_maximum(self, call: Call) -> torch.Tensor:
         """Maxima tap by tap, axis by axis."""

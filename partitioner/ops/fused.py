@@ -1,0 +1,184 @@
+"""A kernel and what follows it cell by cell, block by block of the result, each block finished while it is in cache.
+
+    y = Conv(x, w, b); z = LeakyRelu(y)        for planes [a, b) of z:   y' = conv(x[a-1:b+1]);  z[a:b] = leaky_relu(y')
+
+No intermediate result is ever whole, and the result goes into memory that is there already: the kernels of torch's
+libraries bring new memory into being, whose pages cost as much as the arithmetic of small layers.  Which cells of the
+inputs a block needs follows from the operators' maps, so that blocks are what slabs are: exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from partitioner.geometry import Box, local_slices, span
+from partitioner.ops.base import Call, Needs, NodeView, Operator, Unsupported, need_pieces
+from partitioner.ops.standard.conv import Conv, ConvTranspose
+from partitioner.ops.standard.norm import BatchNormalization, Normalize
+from partitioner.ops.standard.pointwise import Pointwise
+from partitioner.ops.standard.pool import MaxPool
+
+if TYPE_CHECKING:
+    import torch
+else:
+    from partitioner.lazy import torch
+
+BLOCK = 4 << 20
+"""Bytes of a block's result: fewer make the calls dear, more do not stay in cache (measured from 1 to 16 MiB)."""
+
+PREVIOUS = -1
+"""Stands for the result of the part before."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One operator of several.
+
+    Args:
+        needs: those of the operator, for its one output.
+        sources: where its inputs come from: inputs of the whole by their numbers, or `PREVIOUS`.
+    """
+
+    operator: Operator
+    needs: Needs
+    sources: tuple[int, ...]
+
+
+def starts(operator: Operator) -> bool:
+    """Whether a kernel brings its result into new memory, and can be run in blocks: convolutions, max pools."""
+    if not isinstance(operator, Conv | ConvTranspose | MaxPool) or len(operator.outputs) != 1:
+        return False
+    return operator.outputs[0].rank > 3 and operator.outputs[0].dtype.is_floating_point()
+
+
+def follows(operator: Operator) -> bool:
+    """Whether a kernel works cell by cell, and can put its result where its input lies."""
+    return isinstance(operator, Pointwise | BatchNormalization | Normalize) and operator.writes_into
+
+
+def block_workspace(operator: Operator, ins: Sequence[Any], outs: Sequence[Any]) -> Any:
+    """Bytes that a kernel takes beside its buffers: a block of a large result, and what it needs for that.
+
+    Args:
+        ins, outs: elements per input and output; numbers, or arrays of them.
+    """
+    (kind,) = operator.outputs
+    nbytes, plain = outs[0] * kind.itemsize, operator.workspace(ins, outs)
+    block = max(float(BLOCK), math.prod(kind.shape[3:]) * kind.shape[1] * kind.itemsize)
+    return np.where(nbytes > BLOCK, block + plain * np.minimum(1.0, block / np.maximum(1.0, nbytes)), plain)
+
+
+@dataclass(frozen=True)
+class Fused(Operator):
+    """Operators of which each reads the one before, and computes the same cells.
+
+    Args:
+        in_blocks: whether the result is so large that it is computed block by block.
+    """
+
+    parts: tuple[Part, ...] = ()
+    in_blocks: bool = False
+
+    @classmethod
+    def read(cls, view: NodeView) -> Self:
+        raise Unsupported("it stands in no file")
+
+    @classmethod
+    def of(cls, operator: Operator, count: int, cells: int) -> Self:
+        """One operator alone, with `count` inputs and `cells` cells of the result to compute."""
+        parts = (Part(operator, operator.needs(0), tuple(range(count))),)
+        return cls(operator.inputs, operator.outputs, parts, cells * operator.outputs[0].itemsize > BLOCK)
+
+    def then(self, operator: Operator, sources: Sequence[int], inputs: int) -> Fused:
+        """With an operator more that reads the result; its other inputs come after the first `inputs` ones."""
+        given = tuple(t for t, s in zip(operator.inputs, sources, strict=False) if s != PREVIOUS)
+        own = (*self.inputs, *(None,) * (inputs - len(self.inputs)))
+        return replace(self, inputs=(*own, *given), outputs=operator.outputs,
+                       parts=(*self.parts, Part(operator, operator.needs(0), tuple(sources))))
+
+    def needs(self, output: int = 0) -> Needs:
+        return self.parts[0].operator.needs(output)
+
+    @property
+    def writes_into(self) -> bool:
+        return self.in_blocks or any(part.operator.writes_into for part in self.parts[-1:])
+
+    def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
+        if not self.parts:
+            return 0
+        return float(block_workspace(self.parts[0].operator, ins, outs))
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether a result that goes to its place in a larger buffer is computed beside it first."""
+        return not self.in_blocks and len(self.parts) > 1
+
+    def flops(self, out: float) -> float:
+        return sum(part.operator.flops(out) for part in self.parts)
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        into = call.into
+        if into is None or not self.in_blocks:
+            return (self._compute(call, into),)
+        for out in self._blocks(call.outs[0], into.element_size()):
+            self._compute(replace(call, outs=(out,)), _cells(into, call.outs[0], out))
+        return (into,)
+
+    def _compute(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
+        """All parts for one block, or the whole; the last one writes into memory that is given."""
+        result: torch.Tensor | None = None
+        for part in self.parts:
+            room = result if into is None or part is not self.parts[-1] else into
+            result = _run(part, call, result, room if part.operator.writes_into else None)
+        assert result is not None
+        if into is not None and not self.parts[-1].operator.writes_into:
+            return into.copy_(result)
+        return result
+
+    def _blocks(self, out: Box, itemsize: int) -> Iterator[Box]:
+        """Planes along the first spatial axis, one case after the other: they are dense in memory."""
+        if any(len(parts) != 1 for parts in out.axes):
+            yield out
+            return
+        cases, planes = out.axes[0][0], out.axes[2][0]
+        nbytes = out.size // max(1, len(cases) * len(planes)) * itemsize
+        count = max(1, BLOCK // max(1, nbytes))
+        if count >= len(planes) * len(cases):
+            yield out
+            return
+        rounds = -(-len(planes) // count)
+        for case in range(cases.start, cases.stop):
+            for number in range(rounds):
+                first, last = (planes.start + len(planes) * n // rounds for n in (number, number + 1))
+                yield Box((span(case, case + 1), out.axes[1], span(first, last), *out.axes[3:]))
+
+
+def _run(part: Part, call: Call, before: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor:
+    tensors: list[torch.Tensor | None] = []
+    boxes: list[Box | None] = []
+    (out,) = call.outs
+    for source, needs in zip(part.sources, part.needs, strict=False):
+        tensor, box = (before, out) if source == PREVIOUS else (call.tensors[source], call.boxes[source])
+        if source != PREVIOUS and tensor is not None and box is not None and needs is not None:
+            wanted = Box(tuple(need_pieces(need, out) for need in needs))
+            tensor, box = _cells(tensor, box, wanted), wanted
+        tensors.append(tensor)
+        boxes.append(box)
+    (result,) = part.operator.run(Call(tuple(tensors), tuple(boxes), call.outs, into))
+    return result
+
+
+def _cells(tensor: torch.Tensor, held: Box, wanted: Box) -> torch.Tensor:
+    """Some of the cells that a tensor holds: a view, unless they lie in several pieces there."""
+    for axis, (have, want) in enumerate(zip(held.axes, wanted.axes, strict=True)):
+        if have == want:
+            continue
+        slices = local_slices(have, want) or (slice(0, 0),)
+        parts = [tensor.narrow(axis, s.start, s.stop - s.start) for s in slices]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+    return tensor
