@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, get_args
 
 import onnx_ir as ir
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from runtime.session import Runner, RunReport
     from runtime.training.module import PartitionedModule
 
-Backend = Literal["lockstep", "gloo", "nccl"]
+Backend = Literal["lockstep", "gloo", "nccl", "shm"]
 Progress = Callable[[int, int, str], None]
 
 FOLDED = ("the batch norms of this model look folded into {count} convolutions ({names}, ...), so that they cannot "
@@ -306,7 +306,8 @@ class Plan:
         """The plan made ready for several runs; use it in a `with` block.
 
         Args:
-            backend: `lockstep` (all shards in this process), `gloo` or `nccl` (one process per rank).
+            backend: `lockstep` (all shards in this process), or one process per rank: `gloo`, `nccl`, or `shm` (over
+                this host's shared memory).
             device: `cpu`, `cuda`, or a list for the ranks in turn: `cuda:0,cuda:1`.
             threads: CPU threads per process; shared out evenly by default.
             link: emulates a slower network for backend `gloo`: with `pt.Link(latency=0.002, bandwidth=1e9)` no message
@@ -415,8 +416,8 @@ class Session:
 
     def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None,
                  link: Link | None = None) -> None:
-        if backend not in ("lockstep", "gloo", "nccl"):
-            raise PartitionError(f"backend '{backend}' is unknown; use lockstep, gloo or nccl")
+        if backend not in get_args(Backend):
+            raise PartitionError(f"backend '{backend}' is unknown; use {', '.join(get_args(Backend))}")
         if threads is not None and (not isinstance(threads, int) or threads < 1):  # pyright: ignore
             raise PartitionError(f"threads={threads!r}: give at least 1, or None to share out the cores")
         if link is not None:

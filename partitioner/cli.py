@@ -172,8 +172,8 @@ def whole_number(text: str) -> int:
 
 def _transport_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="LINK",
-                        help="how messages travel, for --devices: lockstep, gloo, nccl, network (default: what suits "
-                             "the profile)")
+                        help="how messages travel, for --devices: lockstep, gloo, shm, nccl, network (default: what "
+                             "suits the profile)")
 
 
 def _command(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:
@@ -224,8 +224,9 @@ def _wrapping_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=("lockstep", "gloo", "nccl"),
-                        help="lockstep: all shards in this process (default); gloo, nccl: one process per rank")
+    parser.add_argument("--backend", choices=("lockstep", "gloo", "nccl", "shm"),
+                        help="lockstep: all shards in this process (default); one process per rank: gloo, nccl, shm "
+                             "(shared memory of this host)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE",
                         help="cpu (default), cuda, or a list for the ranks in turn: cuda:0,cuda:1")
     parser.add_argument("--json", action="store_true", help="print figures as JSON")

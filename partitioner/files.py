@@ -203,7 +203,7 @@ class FileRun:
 
     Args:
         inputs, outputs: file per input and per output.
-        backend: lockstep, gloo or nccl.
+        backend: lockstep, gloo, nccl or shm.
         device: cpu, cuda, or a list.
     """
 
@@ -297,10 +297,12 @@ class FileRun:
         """This rank's part; every rank's figures, when all have written theirs."""
         from runtime import group
         from runtime.rank import RankRunner, guarded
+        from runtime.transports.catalog import make_transport
 
         device = group.rank_device(self.device, place)
         who = f"rank {place.rank}: "
-        runner = guarded(lambda: RankRunner(self.plan.model, place, device, self.backend), who)
+        transport = guarded(lambda: make_transport(self.backend, device), who)
+        runner = guarded(lambda: RankRunner(self.plan.model, place, device, transport), who)
         return group.gather(guarded(lambda: runner.run(files, progress), who))
 
     def _check_place(self, place: Place) -> None:

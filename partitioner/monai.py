@@ -59,7 +59,7 @@ class WholeVolumeInferer(_Inferer):
         mesh: shards beside or in place of a budget, as `"depth=2"`.
         device: `cpu`, `cuda`, or a list for the ranks in turn; results come back to where the inputs lie.
         output_ops: what becomes of the outputs within the graph: `["softmax", "argmax"]`.
-        backend: `lockstep`, or one process per rank: `gloo`, `nccl`.
+        backend: `lockstep`, or one process per rank: `gloo`, `nccl`, `shm`.
         keep: for how many extents a module stays exported, each with its weights.
 
     Raises:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from partitioner import dialect
 from partitioner.cost import PlanCost, StepCost, bytes_of, cells, copied_bytes
 from partitioner.curves import FloatArray, Number
+from partitioner.garbage import kept_for_later
 from partitioner.geometry import Interval, hull
 from partitioner.interior import Overlap
 from partitioner.kinds import kernel_seconds
@@ -32,6 +33,9 @@ from partitioner.ops.standard.conv import Conv, ConvTranspose
 from partitioner.profile import Kernels, Link, Profile
 from partitioner.rolling import Turns, count_turns
 from partitioner.slabs import Rest, find_rests
+
+SHARED_CORES = ("gloo", "shm")
+"""The transports of ranks that share out the cores of one machine, as far as a profile knows."""
 
 LOCKSTEP = "lockstep"
 """The transport of ranks in one process, which compute one after the other."""
@@ -97,6 +101,7 @@ class PlanTime:
         return sum(figures, start=np.zeros(self.mesh.shape))
 
 
+@kept_for_later()
 def plan_time(model: ir.Model, cost: PlanCost, profile: Profile, transport: str = LOCKSTEP,
               threads: int | None = None, link: Link | None = None) -> PlanTime:
     """The time of a plan on every rank.
@@ -129,7 +134,7 @@ class _Clock:
                  link: Link | None) -> None:
         profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know before anything is computed
         self.model, self.mesh, self.profile, self.transport, self.link = model, mesh, profile, transport, link
-        if threads is None and transport == "gloo":
+        if threads is None and transport in SHARED_CORES:
             threads = max(1, profile.for_threads().threads // mesh.size)
         self.kernels: Kernels = profile.for_threads(threads)
         self.lifetimes: Lifetimes = find_lifetimes(model)

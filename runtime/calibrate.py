@@ -21,7 +21,7 @@ from partitioner.profile import Kernels, Link, Profile
 from runtime.executor import Executor, Progress
 from runtime.feeds import ArrayDrain, ArrayFeed
 from runtime.gauge import Gauge, Trial
-from runtime.gauge_link import copy_times, gloo_times
+from runtime.gauge_link import copy_times, process_times
 from runtime.gauge_trials import CONVOLUTIONS, KINDS, block
 from runtime.group import check_device
 from runtime.program import Step
@@ -207,7 +207,8 @@ def _step_seconds(gauge: Gauge) -> float:
 def _links(extent: Extent) -> dict[str, Link]:
     found: dict[str, Link] = {}
     for name, times in (("lockstep", copy_times(extent.messages, 2 * extent.patience)),
-                        ("gloo", gloo_times(extent.messages, 10 * extent.patience))):
+                        *((name, process_times(name, extent.messages, 10 * extent.patience))
+                          for name in ("gloo", "shm"))):
         first, last = min(times), max(times)
         found[name] = Link(times[first], last / times[last], Curve.of({float(n): s for n, s in times.items()}))
     return found

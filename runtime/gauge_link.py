@@ -32,8 +32,11 @@ def copy_times(sizes: Sequence[int], patience: float) -> dict[int, float]:
     return _times(Lockstep(2), sizes, lambda _: patience)
 
 
-def gloo_times(sizes: Sequence[int], patience: float, threads: int = 1) -> dict[int, float]:
+def process_times(backend: str, sizes: Sequence[int], patience: float, threads: int = 1) -> dict[int, float]:
     """Seconds of one message between two processes on this host, by bytes, while another one comes back.
+
+    Args:
+        backend: gloo or shm.
 
     Raises:
         ExecutionError: when they fail or do not end.
@@ -43,7 +46,8 @@ def gloo_times(sizes: Sequence[int], patience: float, threads: int = 1) -> dict[
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), environment.get("PYTHONPATH"))))
         if Path("/sys/class/net/lo").exists():
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        told = json.dumps({"sizes": list(sizes), "patience": patience, "folder": folder, "threads": threads})
+        told = json.dumps({"sizes": list(sizes), "patience": patience, "folder": folder, "threads": threads,
+                           "backend": backend})
         processes = [
             subprocess.Popen([sys.executable, "-P", "-m", "runtime.gauge_link", str(rank), told], env=environment,
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -51,7 +55,8 @@ def gloo_times(sizes: Sequence[int], patience: float, threads: int = 1) -> dict[
         try:
             said = [process.communicate(timeout=WAIT) for process in processes]
         except subprocess.TimeoutExpired:
-            raise ExecutionError("gloo: the two processes do not answer; check that this host reaches itself") from None
+            raise ExecutionError(f"{backend}: the two processes do not answer; check that this host reaches itself"
+                                 ) from None
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -60,7 +65,7 @@ def gloo_times(sizes: Sequence[int], patience: float, threads: int = 1) -> dict[
     for process, (_, errors) in zip(processes, said, strict=True):
         if process.returncode:
             line = (errors.strip().splitlines() or ["no reason given"])[-1]
-            raise ExecutionError(f"gloo: messages between two processes failed ({line[:160]})")
+            raise ExecutionError(f"{backend}: messages between two processes failed ({line[:160]})")
     return {int(n): float(s) for n, s in json.loads(said[0][0]).items()}
 
 
@@ -90,12 +95,12 @@ def _usual(transport: Transport, jobs: Sequence[Job], patience: float) -> float:
 def main() -> int:
     """One of the two processes."""
     from runtime.group import Place, join, leave
-    from runtime.transports.distributed import Distributed
+    from runtime.transports.catalog import make_transport
 
     rank, told = int(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(told["threads"])
     join(Place(rank, 2, rank), "gloo", (Path(told["folder"]) / "rendezvous").as_uri())
-    transport = Distributed(torch.device("cpu"), "gloo")
+    transport = make_transport(told["backend"], torch.device("cpu"))
 
     def share(size: int) -> float:
         return told["patience"] * min(1.0, (1 << 18) / max(1, size))

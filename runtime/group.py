@@ -193,8 +193,10 @@ def check_backend(backend: str, device: str, ranks: int) -> None:
     """Make sure that a backend can serve a number of ranks on this host.
 
     Raises:
-        PartitionError: when NCCL is asked for without a GPU for every rank.
+        PartitionError: when NCCL is asked for without a GPU for every rank, or shared memory with one.
     """
+    if backend == "shm" and device != "cpu":
+        raise PartitionError(f"backend shm moves the memory of this host, not of device '{device}'; use nccl or gloo")
     if backend != "nccl":
         return
     names = device.split(",")

@@ -16,7 +16,6 @@ from partitioner import dialect
 from partitioner.errors import ExecutionError, PartitionError
 from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
-from partitioner.profile import Link
 from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
 from runtime.feeds import FileDrain, host_type
@@ -27,8 +26,6 @@ from runtime.overlap import AheadSource, BehindWriter, boxes_read
 from runtime.program import Program, localise
 from runtime.saves import Saver, Saving, Ties
 from runtime.transports import Transport
-from runtime.transports.delayed import Delayed
-from runtime.transports.distributed import Distributed
 from runtime.volumes import PartFile, Source, Writer, open_part, open_source
 
 Result = TypeVar("Result")
@@ -99,19 +96,13 @@ class RankReport:
 
 
 class RankRunner:
-    """Keeps one rank's weights and program from run to run.
+    """Keeps one rank's weights and program from run to run."""
 
-    Args:
-        link: a slower network that is emulated.
-    """
-
-    def __init__(self, model: ir.Model, place: Place, device: torch.device, backend: str,
-                 link: Link | None = None) -> None:
+    def __init__(self, model: ir.Model, place: Place, device: torch.device, transport: Transport) -> None:
         self.place = place
         self.device = device
         self._model = model
-        direct = Distributed(device, backend)
-        self._transport: Transport = direct if link is None else Delayed(direct, link)
+        self._transport = transport
         self._executor = Executor(make_shards([self._localise(frozenset())], [device]), self._transport)
         self._dtypes = {str(v.name): v.dtype for v in model.graph.inputs}
         mesh = dialect.get_mesh(model)

@@ -323,7 +323,7 @@ def _roomy_folder(model: ir.Model) -> str | None:
 
 def make_runner(model: ir.Model, backend: str, device: str = "cpu", threads: int | None = None,
                 link: Link | None = None) -> Runner:
-    """A runner by the backend's name: lockstep, gloo or nccl.
+    """A runner by the backend's name: lockstep, gloo, nccl or shm.
 
     Args:
         link: a slower network that gloo's messages are to travel over.

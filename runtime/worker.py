@@ -92,12 +92,14 @@ def _serve(pipe: _Pipe, options: dict[str, Any], remains: _Remains) -> int:
     from partitioner.profile import Link
     from runtime.group import Place, join, leave, rank_device
     from runtime.rank import RankRunner, guarded
+    from runtime.transports.catalog import make_transport
 
     place = Place(options["rank"], options["size"], options["rank"])
     device = rank_device(options["device"], place)
     torch.set_num_threads(options["threads"])
     join(place, options["backend"], (Path(options["folder"]) / "rendezvous").as_uri())
     link = None if options["link"] is None else Link(*options["link"])
+    transport = make_transport(options["backend"], device, link)
     runner: RankRunner | None = None
     report = _Reporter(pipe) if place.rank == 0 else None
     pipe.send(("ready",))
@@ -107,7 +109,7 @@ def _serve(pipe: _Pipe, options: dict[str, Any], remains: _Remains) -> int:
             leave()
             return 0
         if request[0] == "plan":
-            runner = RankRunner(load_file(Path(request[1])), place, device, options["backend"], link)
+            runner = RankRunner(load_file(Path(request[1])), place, device, transport)
             pipe.send(("ready",))
             continue
         assert runner is not None

@@ -11,7 +11,7 @@ import partitioner as pt
 import runtime.calibrate
 from runtime.calibrate import Extent, calibrate
 from runtime.gauge import Gauge, Trial
-from runtime.gauge_link import copy_times, gloo_times
+from runtime.gauge_link import copy_times, process_times
 from runtime.gauge_trials import CONVOLUTIONS, KINDS, block
 from tests.command import check_message, run_here
 
@@ -23,7 +23,7 @@ GAUGE = Gauge(torch.device("cpu"), 1e-5, 1)
 def tiny(monkeypatch) -> None:
     """A calibration of seconds: few points, no processes."""
     monkeypatch.setattr(runtime.calibrate, "QUICK", TINY)
-    monkeypatch.setattr(runtime.calibrate, "gloo_times", lambda sizes, *_: {n: 1e-4 + n * 1e-9 for n in sizes})
+    monkeypatch.setattr(runtime.calibrate, "process_times", lambda _, sizes, *__: {n: 1e-4 + n * 1e-9 for n in sizes})
 
 
 def test_a_calibration_is_a_profile_that_survives_a_file(tiny, tmp_path) -> None:
@@ -90,8 +90,9 @@ def test_messages_in_one_process_and_between_two() -> None:
 
 
 @pytest.mark.slow
-def test_messages_between_two_processes() -> None:
-    found = gloo_times((64, 1 << 16), 1e-2)
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
+def test_messages_between_two_processes(backend: str) -> None:
+    found = process_times(backend, (64, 1 << 16), 1e-2)
     assert set(found) == {64, 1 << 16}
     assert all(0 < seconds < 1 for seconds in found.values())
 
@@ -112,7 +113,7 @@ def test_a_failure_leaves_no_file(tiny, tmp_path, monkeypatch) -> None:
         raise pt.ExecutionError("gloo: messages between two processes failed")
 
     monkeypatch.setattr("runtime.allocator.keep_memory_tight", lambda: None)
-    monkeypatch.setattr(runtime.calibrate, "gloo_times", fail)
+    monkeypatch.setattr(runtime.calibrate, "process_times", fail)
     result = run_here("calibrate", "--quick", "--threads", "1", "-o", tmp_path / "profile.json")
     assert result.code == 1
     check_message(result.err)

@@ -182,7 +182,7 @@ def test_a_closed_session(plan: pt.Plan, backend: Any) -> None:
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({"backend": "mpi"}, "backend 'mpi' is unknown; use lockstep, gloo or nccl"), ({"backend": None}, "unknown"),
+    ({"backend": "mpi"}, "backend 'mpi' is unknown; use lockstep, gloo, nccl, shm"), ({"backend": None}, "unknown"),
     ({"device": "tpu"}, "device 'tpu' is unknown"), ({"device": ""}, "unknown"), ({"device": "meta"}, "cannot be used"),
     ({"device": "cuda"}, "GPU"), ({"device": "cpu,cuda:7"}, "GPU"), ({"backend": "nccl"}, "backend nccl"),
     ({"backend": "nccl", "device": "cuda"}, "GPU"), ({"backend": "gloo", "device": "tpu"}, "device 'tpu' is unknown"),

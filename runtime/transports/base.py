@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @dataclass(frozen=True)
@@ -81,3 +80,22 @@ class Transport(Protocol):
             ExecutionError: when a peer is gone.
         """
         ...
+
+
+def as_bytes(parcel: Parcel) -> torch.Tensor | None:
+    """The memory of a parcel's only view when it is dense in storage order."""
+    if len(parcel.views) != 1 or not parcel.views[0].is_contiguous():
+        return None
+    (cells,) = parcel.views
+    return cells.as_strided((cells.numel(),), (1,)).view(torch.uint8)  # an axis of one cell may have any stride
+
+
+def pieces(flat: torch.Tensor, parcel: Parcel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every view with the part of the flat buffer that has its elements."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    position = 0
+    for view in sorted(parcel.views, key=lambda v: -v.element_size()):  # wide types first keep them aligned
+        size = view.numel() * view.element_size()
+        found.append((view, flat[position : position + size].view(view.dtype).view(view.shape)))
+        position += size
+    return found

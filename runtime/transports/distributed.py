@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.group import peers
-from runtime.transports.base import Handle, Job, Parcel, Traffic
+from runtime.transports.base import Handle, Job, Parcel, Traffic, as_bytes, pieces
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Distributed:
         return works + [dist.isend(w.flat, self._processes[w.parcel.peer]) for w in outgoing]
 
     def _inbound(self, parcel: Parcel) -> _Wire:
-        dense = None if self._staged else _as_bytes(parcel)
+        dense = None if self._staged else as_bytes(parcel)
         if dense is not None:
             return _Wire(parcel, dense, unpack=False)
         device = "cpu" if self._staged else parcel.views[0].device
@@ -93,35 +93,16 @@ class Distributed:
         return _Wire(parcel, flat, unpack=True)
 
     def _outbound(self, parcel: Parcel) -> _Wire:
-        dense = None if self._staged else _as_bytes(parcel)
+        dense = None if self._staged else as_bytes(parcel)
         if dense is not None:
             return _Wire(parcel, dense, unpack=False)
         device = "cpu" if self._staged else parcel.views[0].device
         flat = torch.empty(parcel.nbytes, dtype=torch.uint8, device=device, pin_memory=self._staged)
-        for view, part in _pieces(flat, parcel):
+        for view, part in pieces(flat, parcel):
             part.copy_(view, non_blocking=True)
         return _Wire(parcel, flat, unpack=False)
 
 
-def _as_bytes(parcel: Parcel) -> torch.Tensor | None:
-    """The memory of a parcel's only view when it is dense in storage order."""
-    if len(parcel.views) != 1 or not parcel.views[0].is_contiguous():
-        return None
-    (cells,) = parcel.views
-    return cells.as_strided((cells.numel(),), (1,)).view(torch.uint8)  # an axis of one cell may have any stride
-
-
-def _pieces(flat: torch.Tensor, parcel: Parcel) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every view with the part of the flat buffer that has its elements."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    position = 0
-    for view in sorted(parcel.views, key=lambda v: -v.element_size()):  # wide types first keep them aligned
-        size = view.numel() * view.element_size()
-        found.append((view, flat[position : position + size].view(view.dtype).view(view.shape)))
-        position += size
-    return found
-
-
 def _scatter(flat: torch.Tensor, parcel: Parcel) -> None:
-    for view, part in _pieces(flat, parcel):
+    for view, part in pieces(flat, parcel):
         view.copy_(part)
