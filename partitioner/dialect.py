@@ -78,6 +78,7 @@ _DIGEST = "partitioner.digest"
 _STATISTIC = "partitioner.statistic"
 _SOURCE = "partitioner.source"
 _WHOLE_CHANNELS = "partitioner.dropout"
+_EXTENTS = "partitioner.extents"
 
 
 def is_exchange(node: ir.Node) -> bool:
@@ -161,12 +162,16 @@ def set_storage(model: ir.Model, order: str) -> None:
 def shape_of(value: ir.Value) -> tuple[int, ...]:
     """Static extents of a value that canonicalize has seen."""
     assert value.shape is not None, value.name
-    return tuple(int(n) for n in value.shape.numpy())
+    dims = value.shape.dims
+    known = value.meta.data.get(_EXTENTS)
+    if known != dims:
+        known = value.meta[_EXTENTS] = tuple(int(n) for n in value.shape.numpy())
+    return known
 
 
 def get_layout(value: ir.Value) -> Layout:
     """The layout of a value; what has none (a weight) is replicated."""
-    cached = value.meta.get(_LAYOUT)
+    cached = value.meta.data.get(_LAYOUT)
     if cached is not None:
         return cached
     text = value.metadata_props.get(_LAYOUT)
@@ -190,7 +195,8 @@ def has_layout(value: ir.Value) -> bool:
 
 def get_partial(node: ir.Node) -> tuple[str, ...]:
     """Mesh axes over which this node's result is only this shard's part of a reduction."""
-    return tuple(filter(None, node.metadata_props.get(_PARTIAL, "").split(",")))
+    text = node.metadata_props.get(_PARTIAL)
+    return tuple(filter(None, text.split(","))) if text else ()
 
 
 def set_partial(node: ir.Node, mesh_axes: Sequence[str]) -> None:
@@ -329,17 +335,24 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 def _plain(attribute: ir.Attr) -> Any:
-    value = attribute.value
-    return value.numpy() if isinstance(value, ir.TensorProtocol) else value
+    return attribute.value.numpy() if attribute.type == ir.AttributeType.TENSOR else attribute.value
 
 
 def new_node(domain: str, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any],
              outputs: int, name: str) -> ir.Node:
     """A node whose outputs are named after it."""
-    plain = {k: ir.tensor(v) if isinstance(v, np.ndarray | np.generic) else v for k, v in attributes.items()}
     names = [name if i == 0 else f"{name}.{i}" for i in range(outputs)]
-    return ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(plain),
+    return ir.Node(domain, op_type, inputs, [_attribute(key, value) for key, value in attributes.items()],
                    outputs=[ir.Value(name=n) for n in names], name=name)
+
+
+def _attribute(name: str, value: Any) -> ir.Attr:
+    """A plain value as an attribute; the library asks long what arrays and lists are."""
+    if isinstance(value, np.ndarray | np.generic):
+        return ir.AttrTensor(name, ir.tensor(value))
+    if isinstance(value, list | tuple) and value and all(isinstance(n, int) for n in value):
+        return ir.AttrInt64s(name, value)
+    return ir.convenience.convert_attribute(name, value)
 
 
 def is_region(node: ir.Node) -> bool:

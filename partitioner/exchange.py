@@ -14,13 +14,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from partitioner.geometry import Box, Pieces, extent, intersect, span
-from partitioner.layout import Layout
+from partitioner.geometry import Box, Pieces, intersect, span
+from partitioner.layout import AxisLayout, Layout
 from partitioner.mesh import Mesh
 
 IntArray = NDArray[np.int64]
@@ -147,13 +147,14 @@ class Exchange:
 
     def _table(self, axis: int) -> IntArray:
         """Cells of tensor axis `axis` that source coordinate i owns and target coordinate j needs."""
-        rows, columns = _parts(self.owned, axis), _parts(self.needed, axis)
-        return np.array([[extent(intersect(r, c)) for c in columns] for r in rows], dtype=np.int64)
+        owned, needed, extent_ = self.owned.axes[axis], self.needed.axes[axis], self.owned.shape[axis]
+        return _overlaps(owned or extent_, needed or extent_)
 
     def _need(self) -> IntArray:
         total = np.ones(self.mesh.shape, dtype=np.int64)
         for axis in range(len(self.needed.shape)):
-            counts = np.array([extent(part) for part in _parts(self.needed, axis)], dtype=np.int64)
+            split = self.needed.axes[axis]
+            counts = np.array([self.needed.shape[axis]] if split is None else split.extents, dtype=np.int64)
             total = total * _spread(counts, (_name(self.needed, axis),), self.mesh)
         return total
 
@@ -203,6 +204,20 @@ def _split_axis(layout: Layout, name: str) -> int:
 def _parts(layout: Layout, axis: int) -> tuple[Pieces, ...]:
     split = layout.axes[axis]
     return (span(0, layout.shape[axis]),) if split is None else split.parts
+
+
+@lru_cache(1 << 10)
+def _overlaps(rows: AxisLayout | int, columns: AxisLayout | int) -> IntArray:
+    """Cells that every part of an axis has in common with every other one; a number is the extent of a whole axis."""
+    parts = [(span(0, given),) if isinstance(given, int) else given.parts for given in (rows, columns)]
+    left, right = ([(i, piece.start, piece.stop) for i, part in enumerate(side) for piece in part] for side in parts)
+    found = np.zeros([len(side) for side in parts], dtype=np.int64)
+    if left and right:
+        (row, *one), (column, *other) = np.array(left).T, np.array(right).T
+        common = np.minimum.outer(one[1], other[1]) - np.maximum.outer(one[0], other[0])
+        np.add.at(found, (row[:, None], column), np.maximum(common, 0))
+    found.flags.writeable = False
+    return found
 
 
 def _spread(values: IntArray, names: tuple[str | None, ...], mesh: Mesh) -> IntArray:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from partitioner.geometry import Box, Pieces, covers, extent, format_pieces, parse_pieces, pieces, span, subtract, union
-from partitioner.maps import AxisMap
+from partitioner.maps import AxisMap, Identity
 
 Cuts = tuple[int, ...]
 """Ascending positions 0, ..., n: shard i owns [cuts[i], cuts[i+1]); equal neighbours are an empty shard."""
@@ -40,12 +41,19 @@ class AxisLayout:
     mesh_axis: str
     parts: tuple[Pieces, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.parts)
+
     @classmethod
     def from_cuts(cls, mesh_axis: str, cuts: Cuts) -> AxisLayout:
         """Disjoint shards between consecutive cuts."""
         return cls(mesh_axis, tuple(span(a, b) for a, b in itertools.pairwise(cuts)))
 
-    @property
+    @cached_property
     def cuts(self) -> Cuts | None:
         """The cuts when the parts are disjoint, in order and without gaps; None otherwise."""
         position = 0
@@ -57,11 +65,47 @@ class AxisLayout:
             found.append(position)
         return tuple(found)
 
+    @cached_property
+    def extents(self) -> tuple[int, ...]:
+        """How many cells every coordinate holds."""
+        return tuple(extent(part) for part in self.parts)
+
+    @cached_property
+    def held(self) -> Pieces:
+        """The cells that some coordinate holds."""
+        return pieces(i for part in self.parts for i in part)
+
+    def covers(self, other: AxisLayout) -> bool:
+        """Whether every coordinate holds what it holds in another layout of the axis."""
+        return self is other or _covers(self, other)
+
+    def through(self, axis_map: AxisMap) -> AxisLayout:
+        """What every coordinate needs of an operator's input when it holds these parts of the output."""
+        return self if type(axis_map) is Identity else _through(self, axis_map)
+
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         cuts = self.cuts
         if cuts is not None:
             return f"{self.mesh_axis}({'|'.join(map(str, cuts))})"
         return f"{self.mesh_axis}({' '.join(format_pieces(p) for p in self.parts)})"
+
+
+_KEPT = 1 << 12
+"""Answers about axes that are remembered: those of a plan are few, but they are asked for node by node."""
+
+
+@lru_cache(_KEPT)
+def _covers(outer: AxisLayout, inner: AxisLayout) -> bool:
+    return all(covers(p, q) for p, q in zip(outer.parts, inner.parts, strict=True))
+
+
+@lru_cache(_KEPT)
+def _through(split: AxisLayout, axis_map: AxisMap) -> AxisLayout:
+    return AxisLayout(split.mesh_axis, tuple(axis_map.needed_by(part) for part in split.parts))
 
 
 @dataclass(frozen=True)
@@ -71,12 +115,19 @@ class Layout:
     shape: tuple[int, ...]
     axes: tuple[AxisLayout | None, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, *(0 if axis is None else hash(axis) for axis in self.axes)))
+
     @classmethod
     def replicated(cls, shape: Sequence[int]) -> Layout:
         """Every rank holds the whole tensor."""
         return cls(tuple(shape), (None,) * len(shape))
 
-    @property
+    @cached_property
     def mesh_axes(self) -> frozenset[str]:
         """Names of the mesh axes along which the tensor is split; it is replicated along the others."""
         return frozenset(axis.mesh_axis for axis in self.axes if axis is not None)
@@ -86,7 +137,7 @@ class Layout:
         """Whether no axis is split."""
         return not self.mesh_axes
 
-    @property
+    @cached_property
     def is_partition(self) -> bool:
         """Whether the shards are disjoint and cover the tensor."""
         return all(
@@ -94,11 +145,11 @@ class Layout:
             for axis, n in zip(self.axes, self.shape, strict=True)
         )
 
-    @property
+    @cached_property
     def is_cover(self) -> bool:
         """Whether every cell is held by some rank; shards may overlap."""
         return all(
-            axis is None or covers(pieces(i for part in axis.parts for i in part), span(0, n))
+            axis is None or covers(axis.held, span(0, n))
             for axis, n in zip(self.axes, self.shape, strict=True)
         )
 

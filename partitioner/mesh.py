@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from partitioner.errors import PartitionError
 
@@ -55,24 +56,28 @@ class Mesh:
             raise PartitionError(f"the mesh has more than {LARGEST} ranks; use fewer")
         return cls(tuple(sorted(pairs, key=lambda pair: AXIS_NAMES.index(pair[0]))))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Axis names in order."""
         return tuple(name for name, _ in self.axes)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Number of ranks along each axis."""
         return tuple(count for _, count in self.axes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of ranks."""
         return math.prod(self.shape)
 
     def count(self, name: str) -> int:
         """Ranks along an axis; 1 for an axis that the mesh lacks."""
-        return dict(self.axes).get(name, 1)
+        return self._counts.get(name, 1)
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        return dict(self.axes)
 
     def with_axes(self, names: Iterable[str]) -> Mesh:
         """The mesh with these axes too, of one rank each where it lacks them."""

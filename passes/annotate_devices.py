@@ -14,14 +14,14 @@ without it (a plan does not grow with the mesh), and so is a mesh of one rank, w
 
 from __future__ import annotations
 
-import itertools
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.layout import Layout
 from partitioner.mesh import Mesh
 from passes.base import Check, Pass
 from passes.checks import LAID_OUT
@@ -47,19 +47,21 @@ class AnnotateDevices(Pass):
             return
         devices = model.add_device_configuration(CONFIGURATION, device_names=[f"rank{rank}" for rank in mesh])
         model.ir_version = max(model.ir_version, IR_VERSION)
+        places = functools.cache(lambda names: _places(names, mesh))
         for node in model.graph:
             values = () if dialect.get_partial(node) else filter(dialect.has_layout, node.outputs)
-            specs = tuple(sharding(value, mesh) for value in values)
+            specs = tuple(_sharding(value, places) for value in values)
             node.device_configurations = (ir.NodeDeviceConfiguration(devices, specs),)
 
 
-def sharding(value: ir.Value, mesh: Mesh) -> ir.ShardingSpec:
+Places = tuple[tuple[int, ...], tuple[ir.IndexToDeviceGroupMapEntry, ...]]
+"""Per shard a rank, or the negative number of a group of ranks; and the groups."""
+
+
+def _sharding(value: ir.Value, places: Callable[[tuple[str, ...]], Places]) -> ir.ShardingSpec:
     """How a value lies on the mesh: shards in row-major order of the split axes, each on a rank or a group."""
     layout = dialect.get_layout(value)
-    groups = _groups(layout, mesh)
-    devices = tuple(group[0] if len(group) == 1 else -1 - i for i, group in enumerate(groups))
-    replicas = tuple(ir.IndexToDeviceGroupMapEntry(-1 - i, group)
-                     for i, group in enumerate(groups) if len(group) > 1)
+    devices, replicas = places(tuple(split.mesh_axis for split in layout.axes if split is not None))
     dims = tuple(
         ir.ShardedDim(axis, (ir.SimpleShardedDim(layout.shape[axis], len(split.parts)),))
         for axis, split in enumerate(layout.axes) if split is not None
@@ -67,10 +69,13 @@ def sharding(value: ir.Value, mesh: Mesh) -> ir.ShardingSpec:
     return ir.ShardingSpec(value, devices, replicas, dims)
 
 
-def _groups(layout: Layout, mesh: Mesh) -> list[tuple[int, ...]]:
-    """For every shard, in order, the ranks that hold it."""
-    names = [split.mesh_axis for split in layout.axes if split is not None]
-    places = [mesh.coordinates(rank) for rank in mesh]
-    shards = itertools.product(*(range(mesh.count(name)) for name in names))
-    return [tuple(rank for rank, place in enumerate(places) if tuple(place[n] for n in names) == shard)
-            for shard in shards]
+def _places(names: tuple[str, ...], mesh: Mesh) -> Places:
+    """Where the shards of values lie that are split along these mesh axes."""
+    held: dict[tuple[int, ...], list[int]] = {}
+    for rank in mesh:
+        here = mesh.coordinates(rank)
+        held.setdefault(tuple(here[name] for name in names), []).append(rank)
+    groups = [tuple(ranks) for _, ranks in sorted(held.items())]
+    devices = tuple(group[0] if len(group) == 1 else -1 - i for i, group in enumerate(groups))
+    return devices, tuple(ir.IndexToDeviceGroupMapEntry(-1 - i, group)
+                          for i, group in enumerate(groups) if len(group) > 1)

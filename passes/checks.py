@@ -81,7 +81,7 @@ def holds(have: Layout, want: Layout) -> bool:
         if b is None:
             if not all(covers(part, span(0, n)) for part in a.parts):
                 return False
-        elif a.mesh_axis != b.mesh_axis or not all(covers(p, q) for p, q in zip(a.parts, b.parts, strict=True)):
+        elif a.mesh_axis != b.mesh_axis or not a.covers(b):
             return False
     return True
 

@@ -73,14 +73,15 @@ def _shorten_chains(graph: ir.Graph) -> None:
 
 
 def _merge_halos(graph: ir.Graph) -> None:
-    namer = Namer(graph)
+    namer, position = Namer(graph), {node: index for index, node in enumerate(graph)}
     for value, nodes in _of_type(graph, dialect.HALO_EXCHANGE).items():
         groups = _same_mesh_axes(dialect.get_layout(value), nodes)
         for target, members in groups:
             name = namer(f"{value.name}/halo")
             merged = dialect.new_exchange(dialect.HALO_EXCHANGE, value, target, name)
             graph.insert_before(members[0], merged)
-            _redirect(graph, value, merged, members)
+            first = position[members[0]]
+            _redirect(graph, value, merged, members, {u.node for u in value.uses() if position.get(u.node, 0) > first})
 
 
 def _same_mesh_axes(owned: Layout, nodes: list[ir.Node]) -> list[tuple[Layout, list[ir.Node]]]:
@@ -104,25 +105,14 @@ def _join(left: Layout, right: Layout) -> Layout:
     return Layout(left.shape, tuple(axes))
 
 
-def _redirect(graph: ir.Graph, value: ir.Value, merged: ir.Node, members: list[ir.Node]) -> None:
+def _redirect(graph: ir.Graph, value: ir.Value, merged: ir.Node, members: list[ir.Node], later: set[ir.Node]) -> None:
     """Let all later readers that find what they need in the merged value read it."""
     for node in members:
         node.outputs[0].replace_all_uses_with(merged.outputs[0])
         graph.remove(node, safe=True)
     if not holds(dialect.get_layout(merged.outputs[0]), dialect.get_layout(value)):
         return
-    later = _after(graph, merged)
     for use in list(value.uses()):
         node = use.node
         if node in later and not dialect.is_communication(node) and not dialect.get_partial(node):
             node.replace_input_with(use.idx, merged.outputs[0])
-
-
-def _after(graph: ir.Graph, node: ir.Node) -> set[ir.Node]:
-    """The nodes that come after one in the graph's order."""
-    found: set[ir.Node] = set()
-    for other in reversed(graph):
-        if other is node:
-            break
-        found.add(other)
-    return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.garbage import kept_for_later
 from passes.base import Check, Pass
 
 Observer = Callable[[int, Pass, ir.Model], None]
@@ -36,6 +37,7 @@ class Pipeline:
             known -= {c.name for c in item.breaks}
             known |= {c.name for c in item.ensures}
 
+    @kept_for_later()
     def run(self, model: ir.Model, observe: Sequence[Observer] = (), begin: int = 0,
             end: int | None = None) -> ir.Model:
         """Apply passes in place and verify; observers see the model after each.

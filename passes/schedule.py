@@ -10,6 +10,7 @@ directly before the first node that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,9 +48,10 @@ class Schedule(Pass):
     def apply(self, model: ir.Model) -> None:
         graph = model.graph
         graph.sort()
-        for node in list(graph):
-            if dialect.is_exchange(node):
-                _sink(graph, node)
+        nodes = list(graph)
+        position = {node: index for index, node in enumerate(nodes)}
+        for node in filter(dialect.is_exchange, nodes):
+            _sink(graph, node, position)
         dialect.set_storage(model, self.storage)
         if self.rolled is not None:
             stages = order_stages(list(graph), self.rolled, self.strips)
@@ -63,11 +65,13 @@ def _rearrange(graph: ir.Graph, order: list[ir.Node]) -> None:
     graph.extend(order)
 
 
-def _sink(graph: ir.Graph, exchange: ir.Node) -> None:
-    """Move an exchange down to its first reader, so that its copy lives no longer than needed."""
-    readers = {use.node for use in exchange.outputs[0].uses()}
-    first = next((node for node in graph if node in readers), None)
-    if first is None:
-        return
-    graph.remove(exchange)
-    graph.insert_before(first, exchange)
+def _sink(graph: ir.Graph, exchange: ir.Node, position: Mapping[ir.Node, int]) -> None:
+    """Move an exchange down to its first reader, so that its copy lives no longer than needed.
+
+    Args:
+        position: of the nodes before exchanges were moved; no exchange reads another one's result.
+    """
+    readers = [use.node for use in exchange.outputs[0].uses()]
+    if readers:
+        graph.remove(exchange)
+        graph.insert_before(min(readers, key=position.__getitem__), exchange)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Self
 
 import onnx_ir as ir
 
@@ -19,6 +21,7 @@ from partitioner.ops.registry import lookup
 _OPERATOR = "partitioner.operator"
 _NEEDS = "partitioner.needs"
 _NEEDED = "partitioner.needed"
+_TYPE = "partitioner.type"
 
 
 def tensor_type(value: ir.Value) -> TensorType:
@@ -27,9 +30,13 @@ def tensor_type(value: ir.Value) -> TensorType:
     Raises:
         Unsupported: when extents or element type are not known.
     """
+    known: TensorType | None = value.meta.data.get(_TYPE)
+    if known is not None and value.shape is not None and value.shape.dims == known.shape and value.dtype == known.dtype:
+        return known
     if value.shape is None or not value.shape.is_static() or value.dtype is None:
         raise Unsupported(f"the extents of its input '{value.name}' are not known beforehand")
-    return TensorType(dialect.shape_of(value), value.dtype)
+    found = value.meta[_TYPE] = TensorType(dialect.shape_of(value), value.dtype)
+    return found
 
 
 def view_node(node: ir.Node) -> NodeView:
@@ -56,7 +63,7 @@ def operator_of(node: ir.Node) -> Operator:
     Raises:
         Unsupported: when there is no rule or the node cannot be kept exact.
     """
-    cached = node.meta.get(_OPERATOR)
+    cached = node.meta.data.get(_OPERATOR)
     if cached is not None:
         return cached
     cls = lookup(node.domain, node.op_type)
@@ -77,7 +84,7 @@ def forget(node: ir.Node) -> None:
 
 def needs_of(node: ir.Node, output: int) -> Needs:
     """An operator's needs for one output, computed once."""
-    cache: dict[int, Needs] = node.meta.setdefault(_NEEDS, {})
+    cache: dict[int, Needs] = node.meta.data.setdefault(_NEEDS, {})
     if output not in cache:
         cache[output] = operator_of(node).needs(output)
     return cache[output]
@@ -100,10 +107,11 @@ def data_needs(node: ir.Node, split: bool = False) -> Iterator[tuple[int, ir.Val
     Args:
         split: take a reduction over sharded axes for the partial results into which it will be split.
     """
+    found = _Needed.of(node, split)
     for index, value in enumerate(node.inputs):
         if value is None or value.const_value is not None:
             continue
-        want = needed_layout(node, index, split)
+        want = found.of_input(node, index)
         if want is not None:
             yield index, value, want
 
@@ -154,39 +162,55 @@ def needed_layout(node: ir.Node, index: int, split: bool = False) -> Layout | No
 
     For the local part of a reduction, the reduced axes are needed as they are owned.
     """
-    value = node.inputs[index]
-    if value is None:
-        return None
-    outs = [dialect.get_layout(v) for v in node.outputs[: len(operator_of(node).outputs)]]
-    ins = [None if v is None else dialect.get_layout(v) for v in node.inputs]
-    partial = split or bool(dialect.get_partial(node))
-    cache: dict[tuple[int, bool], tuple[list[Layout | None], Layout | None]]
-    cache = node.meta.setdefault(_NEEDED, {})
-    key, state = (index, partial), [*outs, *ins]
-    if key in cache and _same(cache[key][0], state):
-        return cache[key][1]
-    found = _needed_layout(node, index, value, outs)
-    if found is not None and partial:
-        for axis, shards in reduction_splits(node).get(index, {}).items():
-            found = found.with_axis(axis, shards)
-    cache[key] = (state, found)
-    return found
+    return _Needed.of(node, split).of_input(node, index)
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """What a node needs of its inputs, found once for the layouts that they and its outputs have.
+
+    Args:
+        outs, ins: these layouts; None for inputs that are not given.
+        partial: whether it is the local part of a reduction.
+    """
+
+    outs: list[Layout]
+    ins: list[Layout | None]
+    partial: bool
+    answers: dict[int, Layout | None] = field(default_factory=dict[int, "Layout | None"], compare=False)
+
+    @classmethod
+    def of(cls, node: ir.Node, split: bool) -> Self:
+        """What is known already, if the layouts are the same as before."""
+        outs = [dialect.get_layout(v) for v in node.outputs[: len(operator_of(node).outputs)]]
+        ins = [None if v is None else dialect.get_layout(v) for v in node.inputs]
+        partial = split or bool(dialect.get_partial(node))
+        known: dict[bool, Self] = node.meta.data.setdefault(_NEEDED, {})
+        before = known.get(partial)
+        if before is not None and before.outs == outs and before.ins == ins:
+            return before
+        found = known[partial] = cls(outs, ins, partial)
+        return found
+
+    def of_input(self, node: ir.Node, index: int) -> Layout | None:
+        """Of one input."""
+        if index not in self.answers:
+            found = _needed_layout(node, index, self.outs)
+            for axis, shards in reduction_splits(node).get(index, {}).items() if self.partial and found else ():
+                found = found.with_axis(axis, shards)
+            self.answers[index] = found
+        return self.answers[index]
 
 
 def needed_by_part(node: ir.Node, index: int, part: Layout) -> Layout | None:
     """What every rank needs of an input for a part of each of the node's outputs; None for a consumed input."""
-    value = node.inputs[index]
-    count = len(operator_of(node).outputs)
-    return None if value is None else _needed_layout(node, index, value, [part] * count)
+    return _needed_layout(node, index, [part] * len(operator_of(node).outputs))
 
 
-def _same(known: Sequence[Layout | None], state: Sequence[Layout | None]) -> bool:
-    """Whether a cached answer was found from the very same layouts."""
-    return len(known) == len(state) and all(a is b for a, b in zip(known, state, strict=True))
-
-
-def _needed_layout(node: ir.Node, index: int, value: ir.Value, outs: list[Layout]) -> Layout | None:
-    found: Layout | None = None
+def _needed_layout(node: ir.Node, index: int, outs: list[Layout]) -> Layout | None:
+    value, found = node.inputs[index], None
+    if value is None:
+        return None
     for output, out in enumerate(outs):
         needs = needs_of(node, output)[index]
         if needs is None:
@@ -203,7 +227,7 @@ def _needed(value: ir.Value, needs: tuple[Need, ...], out: Layout) -> Layout:
         if split is None or need.is_whole:
             axes.append(None)
         else:
-            axes.append(AxisLayout(split.mesh_axis, tuple(need.map.needed_by(p) for p in split.parts)))
+            axes.append(split.through(need.map))
     return Layout(dialect.shape_of(value), tuple(axes))
 
 
