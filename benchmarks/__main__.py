@@ -136,6 +136,21 @@ def _overlap(options: argparse.Namespace) -> int:
     return run_overlaps(chosen, console if console.is_terminal else Console(width=130))
 
 
+def _planner(options: argparse.Namespace) -> int:
+    from benchmarks.planner import Options, run_planner
+
+    chosen = Options(
+        ranks=tuple(_at_least(1, "--ranks", ranks) for ranks in options.ranks),
+        rounds=_at_least(1, "--rounds", options.rounds),
+        shrink=_at_least(1, "--shrink", options.shrink),
+        profile=options.profile,
+        text=options.filter,
+        output=options.output,
+    )
+    console = Console()
+    return run_planner(chosen, console if console.is_terminal else Console(width=130))
+
+
 def _at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise UsageError(f"{name} {value}: at least {least} is needed")
@@ -182,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_forecast(commands)
     _add_overlap(commands)
+    _add_planner(commands)
     return parser
 
 
@@ -204,6 +220,17 @@ def _add_overlap(commands: Any) -> None:
     told.add_argument("--profile", type=Path, metavar="FILE", help="for the forecasts (default: this machine's)")
     told.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     told.set_defaults(command=_overlap)
+
+
+def _add_planner(commands: Any) -> None:
+    told = commands.add_parser("planner", help="the planner's mesh against every other one, measured on gloo ranks")
+    told.add_argument("--filter", default="", metavar="TEXT", help="only networks with this in their name")
+    told.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="numbers of ranks")
+    told.add_argument("--rounds", type=int, default=7, help="runs of every mesh, after one to warm up")
+    told.add_argument("--shrink", type=int, default=1, metavar="N", help="axes are so many times shorter")
+    told.add_argument("--profile", type=Path, metavar="FILE", help="for the planner (default: this machine's)")
+    told.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    told.set_defaults(command=_planner)
 
 
 if __name__ == "__main__":

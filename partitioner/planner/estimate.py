@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 
 from partitioner import dialect
 from partitioner.curves import FloatArray
+from partitioner.geometry import Interval
 from partitioner.kinds import kernel_seconds
+from partitioner.maps import AxisMap
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
 from partitioner.profile import Kernels, Profile
-from partitioner.timing import LOCKSTEP, MERGE_CALLS
+from partitioner.timing import LOCKSTEP, MERGE_CALLS, SHARED_CORES
 
 _PARTIAL = 8
 """Bytes of a partial result, at least."""
@@ -98,10 +100,12 @@ class Estimates:
         found = n / self._count(name)
         return found if self.transport == LOCKSTEP else np.ceil(found)
 
-    def _sides(self, name: str) -> FloatArray:
-        """Neighbours along an axis of the shard that has most; on the mean in lock-step."""
+    def _sides(self, name: str, first: int, second: int) -> FloatArray:
+        """What a shard with most neighbours along an axis has of one figure on either side; the mean in lock-step."""
         peers = self._count(name) - 1
-        return 2 * peers / (peers + 1) if self.transport == LOCKSTEP else np.minimum(peers, 2)
+        if self.transport == LOCKSTEP:
+            return (first + second) * peers / (peers + 1)
+        return np.where(peers > 1, first + second, np.where(peers > 0, max(first, second), 0)).astype(np.float64)
 
     def _cells(self, value: ir.Value) -> FloatArray:
         return np.zeros(len(self.meshes)) + math.prod(self._parts(value), start=np.float64(1.0))
@@ -139,7 +143,7 @@ class Estimates:
     @cached_property
     def _threads(self) -> list[tuple[int | None, NDArray[np.intp]]]:
         """Threads of a process, and the meshes on which it has them."""
-        if self.threads is not None or self.transport != "gloo":
+        if self.threads is not None or self.transport not in SHARED_CORES:
             return [(self.threads, np.arange(len(self.meshes)))]
         cores = self.profile.for_threads().threads
         each = np.maximum(1, cores // self._sizes.astype(int))
@@ -160,13 +164,17 @@ class Estimates:
             if halo is None:
                 total = np.maximum(total, self._sent(peers * self._bytes(value), peers))
                 continue
-            sides = self._sides(split.mesh_axis) * (halo > 0)
-            held = held * (1.0 + np.minimum(halo / 2 * sides, layout.shape[axis] - parts[axis]) / parts[axis])
+            coarse = layout.shape[axis] < 2 * self._count(split.mesh_axis)  # some shards may need nothing
+            sides = np.where(coarse, 0.0, self._sides(split.mesh_axis, halo[0] > 0, halo[1] > 0))
+            halos = np.where(coarse, 0.0, np.minimum(self._sides(split.mesh_axis, *halo),
+                                                     layout.shape[axis] - parts[axis]))
+            held = held * (1.0 + halos / parts[axis])
             neighbours = neighbours * (1.0 + sides)
             packs = np.maximum(packs, sides * (axis > 2 or (axis == 2 and layout.shape[0] > 1)))
         nbytes = (held - 1.0) * self._bytes(value)
         if self.transport != LOCKSTEP:
-            total = total + np.where(packs > 0, self._kernels.seconds("move", 0.0, 4.0 * nbytes), 0.0)
+            packing = self._kernels.seconds("move", 0.0, 4.0 * nbytes) + self._overhead(0.0, 1.0)
+            total = total + np.where(packs > 0, packing, 0.0)
         total = total + np.where(neighbours > 1, self._overhead(0.0, 1.0), 0.0)
         return total + self._sent(nbytes, neighbours - 1.0)
 
@@ -187,15 +195,36 @@ def _is_made(value: ir.Value) -> bool:
     return producer is None or not operator_of(producer).is_view
 
 
-def _halo(value: ir.Value, axis: int) -> int | None:
-    """Cells that two shards along an axis need of each other, by the reader that needs most; None for all of them."""
-    found = 0
+def _halo(value: ir.Value, axis: int) -> tuple[int, int] | None:
+    """Cells that a shard needs from before and from behind it, by the readers that need most; None for all cells."""
+    before, after = 0, 0
     for use in value.uses():
         needs = needs_of(use.node, 0)[use.idx] if use.node.outputs else None
         if needs is None or axis in reduction_splits(use.node).get(use.idx, {}):
             continue
-        if not needs[axis].is_whole:
-            found = max(found, needs[axis].map.overlap)
-        elif not needs[axis].map.corresponds:
-            return None
-    return found
+        need = needs[axis]
+        if need.is_whole or need.axis is None:
+            if not need.map.corresponds:
+                return None
+            continue
+        extent = dialect.shape_of(use.node.outputs[0])[need.axis]
+        first, second = _reach(need.map, dialect.shape_of(value)[axis], extent)
+        before, after = max(before, first), max(after, second)
+    return before, after
+
+
+_ALIGNED = 16
+"""Cuts at multiples of this are aligned to most strides."""
+
+
+def _reach(found: AxisMap, extent: int, extent_out: int) -> tuple[int, int]:
+    """How far beyond a cut in the middle an output's cells on either side of it need their input.
+
+        input   ..........cut..........      before: cells left of the cut that outputs right of it need
+        output    ......  follow(cut)  ......
+    """
+    cut = extent // 2 // _ALIGNED * _ALIGNED or extent // 2
+    place = min(max(found.follow(cut), 0), extent_out)
+    right, left = found.needed(Interval(place, extent_out)), found.needed(Interval(0, place))
+    return (max(0, cut - min((p.start for p in right), default=cut)),
+            max(0, max((p.stop for p in left), default=cut) - cut))
