@@ -9,7 +9,7 @@ import pytest
 
 import partitioner as pt
 from tests.models import NETWORKS
-from tests.test_deaths import workers
+from tests.test_deaths import all_gone, workers
 
 SHAPES = ((1, 1, 13, 17, 11), (1, 1, 29, 31, 18))
 
@@ -43,7 +43,7 @@ def test_a_rank_that_dies(plan: pt.Plan) -> None:
     with pytest.raises(pt.ExecutionError, match=r"\Arank 1 was killed by SIGKILL[^\n]*\Z"):
         session.run(x)
     assert time.monotonic() - begin < 30
-    assert all(process.poll() is not None for process in processes)
+    assert all_gone(processes, 5)
 
 
 def test_only_memory_of_the_host(plan: pt.Plan) -> None:
