@@ -166,7 +166,7 @@ def forecast_of(  # noqa: PLR0913 (the words of the command)
 
     def goal(count: int) -> Goal:
         return Goal(count, machine, backend or usual_transport(machine, count), memory=asked.memory, held=held,
-                    steers=False, most=LOOKED_AT)
+                    steers=False, most=LOOKED_AT, slabs=False)
 
     machine.message_seconds(0.0, 0.0, goal(counts[-1]).transport)  # refuses what it does not know
     return Scaler(model.ground, goal, progress).run(list(dict.fromkeys(wanted)), counts)

@@ -33,6 +33,7 @@ class Goal:
         steers: whether cuts, replicated layers and deeper halos are looked for too, not the mesh alone.
         all_of_them: whether every device has to be used.
         most: meshes that are laid out, at most.
+        slabs: whether a device may go through its shard slab by slab where the memory asks for it.
     """
 
     devices: int
@@ -47,6 +48,7 @@ class Goal:
     steers: bool = True
     all_of_them: bool = False
     most: int = 12
+    slabs: bool = True
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ class Row:
         speedup, efficiency: against the same size on the fewest devices that hold it.
         weak_efficiency: against the smallest size with as many cells per device, where the table has one.
         memory_bytes: activations, weights and the process, of the device that holds most.
-        fits: whether that is within the memory given; None when none is.
+        fits: whether that is within the memory given, in whole shards; None when none is.
         sent_bytes, messages: of the device that sends most.
-        note: what is special about the plan, as `slab by slab along depth`.
+        note: what is special about the plan.
     """
 
     devices: int
@@ -256,7 +256,7 @@ class Scaler:
         return Search(goal, ground.seeds, ground.lay_out).choose().chosen
 
     def _within(self, size: Size, goal: Goal) -> Way | None:
-        """The choice that keeps to the memory, slab by slab if need be; None where there is none."""
+        """The fastest way that keeps to the memory in whole shards; None where there is none."""
         try:
             return self._chosen(size, goal)
         except PartitionError:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.budget import Budget, with_slab_peaks
+from partitioner.budget import Budget, memory_text, with_slab_peaks
 from partitioner.compiler import DepthFirst, Steering
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError
@@ -123,6 +123,9 @@ class Search:
         peak = estimates.peak + fixed_bytes(self.seeds, self.goal)
         whole = [i for i in quick if peak[i] <= self.goal.memory]
         slabs = [i for i in quick if peak[i] > self.goal.memory]
+        if not self.goal.slabs:
+            self.rejected += [Rejected(estimates.meshes[i], f"holds {memory_text(float(peak[i]))} or more") for i in slabs]
+            return whole
         small = sorted(slabs[self.goal.most :], key=lambda i: peak[i])
         return [*whole, *slabs[: self.goal.most], *small]
 
@@ -143,6 +146,8 @@ class Search:
             memory = self.goal.memory
             if memory is None or found.needed <= memory:
                 return found
+            if not self.goal.slabs:
+                raise PartitionError(f"takes {memory_text(found.needed)} in whole shards")
             return self._laid_out(form, self._slabs(form, memory), what)
         except PartitionError as error:
             self.rejected.append(Rejected(form.mesh, str(error).splitlines()[0]))
