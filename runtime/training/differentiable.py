@@ -20,7 +20,7 @@ from partitioner.ops.dtypes import torch_dtype
 from runtime.executor import merge
 from runtime.memory import view
 from runtime.program import Action, AllReduce, Compute, Exchange, Load, Program, Store, Window
-from runtime.training.communication import Leg, Link, exchange, gather_partials, make_leg, tie
+from runtime.training.communication import Leg, Link, exchange, gather_partials, in_order, make_leg, tie
 from runtime.training.liveness import Slot, entering, find_batch_statistics, find_segments, find_uses, some_empty
 from runtime.training.segments import run_segment
 
@@ -236,7 +236,8 @@ def _act(ranks: Sequence[Rank], actions: Sequence[Action], inputs: Mapping[str, 
     """What every rank does by itself."""
     for number, (rank, action) in enumerate(zip(ranks, actions, strict=True)):
         if isinstance(action, Load):
-            rank.values[action.window.buffer] = Held(inputs[action.name][number], action.window.box)
+            found = in_order(inputs[action.name][number], rank.program.storage)
+            rank.values[action.window.buffer] = Held(found, action.window.box)
         elif isinstance(action, Compute):
             compute(rank, action)
 
@@ -247,7 +248,7 @@ def compute(rank: Rank, action: Compute) -> None:
     if any(map(bool, outs)):
         tensors = tuple(None if w is None else rank.read(w) for w in action.reads)
         boxes = tuple(None if w is None else w.box for w in action.reads)
-        results = action.operator.run(Call(tensors, boxes, outs))
+        results = tuple(in_order(r, rank.program.storage) for r in action.operator.run(Call(tensors, boxes, outs)))
     else:
         results = tuple(torch.empty(box.shape, dtype=torch_dtype(t.dtype), device=rank.device)
                         for box, t in zip(outs, action.operator.outputs, strict=False))
