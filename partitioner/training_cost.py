@@ -189,7 +189,9 @@ class _Step:
     def _again(self, start: int, stop: int, entry: dict[str, Tensor]) -> None:
         """A segment once more, and its gradients; what enters it is kept until then."""
         tape = self.tape
-        after = dict(tape.held)
+        leaving = {str(v.name) for v in tape.plan.graph.outputs}
+        after = {name: tensor for name, tensor in tape.held.items()
+                 if tape.lifetimes.buffers[name].dies >= stop or name in leaving}
         read = self._entering(start, stop)
         entering = {name: tensor for name, tensor in entry.items() if name in read}
         # inside, gradients are found anew and handed out at the end

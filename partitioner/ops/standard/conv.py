@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import numpy as np
+
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
 from partitioner.ops.base import (
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from partitioner.ops.emitter import Emitter
 else:
     from partitioner.lazy import functional, torch
+
+_SMALL = 20480
+"""Cells of a batch of one without its last axis, up to which torch has convolutions of its own."""
 
 
 def _check_ranks(data: TensorType, weight: TensorType) -> None:
@@ -97,7 +102,17 @@ class Conv(Operator):
         return explicit_pads(self.windows)
 
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
-        return Backward(inputs=(0, 1))
+        return Backward(inputs=(0, 1), workspace=self._backward_workspace(ins[0], outs[0]))
+
+    def _backward_workspace(self, cells: float, results: float) -> float:
+        """Where torch would leave oneDNN (see kernels.gradients), data and gradient are copied twice."""
+        data, weight = self.inputs[:2]
+        assert data is not None and weight is not None
+        wide = data.rank < 4 or (weight.shape[-1] > 3 and weight.shape[-2] > 3)
+        if data.shape[0] > 1 or self.group > 1 or wide:
+            return 0.0
+        copies = 2 * self.outputs[0].itemsize * (cells + results)
+        return np.where(np.asarray(cells) / data.shape[-1] <= _SMALL, copies, 0.0)  # pyright: ignore
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
@@ -184,7 +199,7 @@ class ConvTranspose(Operator):
         return {"pads": pads, "output_padding": tuple(max(0, -end) for end in ends)}
 
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
-        return Backward(inputs=(0, 1))
+        return Backward(inputs=(0, 1), workspace=self.outputs[0].itemsize * outs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
