@@ -13,6 +13,18 @@ class ShapeError(PartitionError):
     """The network cannot take the extents given; it might take others."""
 
 
+class BudgetError(PartitionError):
+    """A memory budget that no schedule keeps.
+
+    Attributes:
+        needed: bytes that the most frugal schedule needs.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 class AgreedError(PartitionError):
     """A mistake that all ranks of a group know of; one of them tells it."""
 

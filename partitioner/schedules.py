@@ -20,7 +20,7 @@ from partitioner.axes import named_axes
 from partitioner.budget import Budget, largest_rank, memory_text, programs_of
 from partitioner.compiler import DepthFirst
 from partitioner.cost import plan_cost
-from partitioner.errors import PartitionError
+from partitioner.errors import BudgetError
 from partitioner.profile import Profile
 from partitioner.rolling import rolled_axis
 from partitioner.strips import CutPoints, Prices
@@ -62,21 +62,22 @@ LayOut = Callable[[DepthFirst | None], ir.Model]
 """Compiles the plan: in whole-shard steps, or depth first."""
 
 
-def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
+def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1) -> ir.Model:
     """The fastest plan that keeps to a budget.
 
     Slabs along one axis are tried first; where they do not suffice, and one process holds all, strips across them.
 
     Args:
         axes: those that no rank of the mesh splits.
+        thinnest: cells of a slab, at least.
 
     Raises:
-        PartitionError: when none keeps to it, with the smallest budget that one does.
+        BudgetError: when none keeps to it, with the smallest budget that one does.
     """
     whole = lay_out(None)
     room = _Room(budget, budget.taken(whole), budget.shards(whole))
     smallest: Candidate | None = None
-    for group in _groups(lay_out, axes, room, whole):
+    for group in _groups(lay_out, axes, room, whole, thinnest):
         fitting: list[Candidate] = []
         for candidate in group:
             if smallest is None or candidate.needed < smallest.needed:
@@ -91,12 +92,12 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget) -> ir.Model:
         smallest = room.candidate(smallest.model, smallest.schedule, programs_of(smallest.model), smallest.files)
     activations = smallest.memory.peak * budget.shards(smallest.model)
     needed = smallest.needed + max(0, budget.taken(smallest.model) - room.taken)  # the search itself leaves something
-    raise PartitionError(
+    raise BudgetError(
         f"memory {memory_text(budget.total)}: this model at these extents needs at least {memory_text(needed)} "
         f"({memory_text(needed - activations)} of it for the process, "
         f"{'arrays, ' if budget.arrays else ''}libraries and weights); give that much"
         + (", or split it over more ranks" if budget.shards(smallest.model) == 1
-           else ", or a process per rank (backend gloo)"))
+           else ", or a process per rank (backend gloo)"), needed)
 
 
 def fastest(lay_out: LayOut, whole: ir.Model, axes: Sequence[str], budget: Budget) -> ir.Model:
@@ -122,14 +123,15 @@ def _chosen(candidate: Candidate) -> ir.Model:
     return candidate.model
 
 
-def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model) -> Iterator[Iterable[Candidate]]:
+def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model,
+            thinnest: int) -> Iterator[Iterable[Candidate]]:
     """Candidates in groups: one is chosen of the first group in which any fits.
 
     Args:
         whole: the plan in whole-shard steps.
     """
     at_once = room.candidate(whole, None, [localise(whole, largest_rank(whole))])
-    along = (_candidates(lay_out(DepthFirst(axis)), axis, room) for axis in axes)
+    along = (_candidates(lay_out(DepthFirst(axis)), axis, room, thinnest) for axis in axes)
     yield itertools.chain([at_once], next(along, ()))
     yield from along  # slabs along later axes are not dense in storage
     if not room.budget.together or dialect.get_mesh(whole).size > 1:
@@ -237,10 +239,10 @@ def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Sch
         thickness //= 2
 
 
-def _candidates(model: ir.Model, axis: str, room: _Room) -> Iterator[Candidate]:
+def _candidates(model: ir.Model, axis: str, room: _Room, thinnest: int = 1) -> Iterator[Candidate]:
     """Thick slabs first, down to where thinner ones need no less or only add steps."""
     least = math.inf
-    for schedule in _thinner(model, axis):
+    for schedule in _thinner(model, axis, thinnest):
         one = localise(model, largest_rank(model))
         frugal = room.candidate(model, schedule, [one], _resting(one))
         fits = room.fits(frugal.memory)

@@ -103,10 +103,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A way that was looked at and does not do, or was not looked at any more."""
+    """A way that does not do, or was not looked at; with the bytes that it needs, where these are too many."""
 
     mesh: Mesh
     reason: str
+    needed: int | None = None
 
 
 @dataclass(frozen=True)

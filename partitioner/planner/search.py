@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,19 +17,19 @@ from partitioner import dialect
 from partitioner.budget import Budget, memory_text, with_slab_peaks
 from partitioner.compiler import DepthFirst, Steering
 from partitioner.cost import PlanCost, plan_cost
-from partitioner.errors import PartitionError
+from partitioner.errors import BudgetError, PartitionError
 from partitioner.interior import can_overlap
 from partitioner.layout import Cuts, even_cuts
 from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.planner.choice import Choice, Form, Goal, Rejected, Way
 from partitioner.planner.cuts import aligned_cuts, balanced_cuts, extents_of, strides_of
 from partitioner.planner.estimate import Estimates
-from partitioner.planner.explain import seconds_text
+from partitioner.planner.explain import mesh_text, seconds_text
 from partitioner.planner.meshes import meshes_of
 from partitioner.planner.replicate import Stretches, seconds_by_node, subsets
-from partitioner.schedules import fit
+from partitioner.schedules import THINNEST_SLAB, fit
 from partitioner.strips import CutPoints, Prices
-from partitioner.timing import plan_time
+from partitioner.timing import SHARED_CORES, plan_time
 from passes.assign_shards import AssignShards
 
 LayOut = Callable[[Form], ir.Model]
@@ -124,7 +125,8 @@ class Search:
         whole = [i for i in quick if peak[i] <= self.goal.memory]
         slabs = [i for i in quick if peak[i] > self.goal.memory]
         if not self.goal.slabs:
-            self.rejected += [Rejected(estimates.meshes[i], f"holds {memory_text(float(peak[i]))} or more") for i in slabs]
+            self.rejected += [Rejected(estimates.meshes[i], f"holds {memory_text(float(peak[i]))} or more")
+                              for i in slabs]
             return whole
         small = sorted(slabs[self.goal.most :], key=lambda i: peak[i])
         return [*whole, *slabs[: self.goal.most], *small]
@@ -150,7 +152,9 @@ class Search:
                 raise PartitionError(f"takes {memory_text(found.needed)} in whole shards")
             return self._laid_out(form, self._slabs(form, memory), what)
         except PartitionError as error:
-            self.rejected.append(Rejected(form.mesh, str(error).splitlines()[0]))
+            needed = error.needed if isinstance(error, BudgetError) else None
+            reason = str(error).splitlines()[0] if needed is None else f"needs {memory_text(needed)} per device"
+            self.rejected.append(Rejected(form.mesh, reason, needed))
             return None
 
     def _slabs(self, form: Form, memory: int) -> ir.Model:
@@ -160,8 +164,8 @@ class Search:
         names = extents_of(self.seeds)
         free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if n in names and form.mesh.count(n) == 1]
         together = form.mesh.size == 1
-        return fit(lay_out, free, Budget(memory, None, False, together, self.goal.held, self.goal.profile,
-                                         self.goal.transport))
+        budget = Budget(memory, None, False, together, self.goal.held, self.goal.profile, self.goal.transport)
+        return fit(lay_out, free if together else free[:1], budget, THINNEST_SLAB)
 
     def _laid_out(self, form: Form, model: ir.Model, what: str) -> Way:
         goal = self.goal
@@ -207,7 +211,7 @@ class Search:
     def _with_replicated_layers(self, way: Way) -> Iterator[Way]:
         mesh, goal = way.form.mesh, self.goal
         nodes = list(self.seeds.graph)
-        threads = goal.threads if goal.threads is not None or goal.transport != "gloo" else max(
+        threads = goal.threads if goal.threads is not None or goal.transport not in SHARED_CORES else max(
             1, goal.profile.for_threads().threads // mesh.size)
         replicated = {}
         for axes in subsets(mesh):
@@ -266,11 +270,11 @@ class Search:
 
     def _refusal(self, meshes: Sequence[Mesh]) -> str:
         goal = self.goal
-        reasons = list(dict.fromkeys(item.reason for item in self.rejected))
-        if len(meshes) == 1:
-            return f"mesh {meshes[0]}: {reasons[0]}"
-        return (f"none of the {len(meshes)} meshes of up to {goal.devices} devices does: " + "; ".join(
-            f"{item.mesh}: {item.reason}" for item in self.rejected[:3]) + "; give more devices or more memory")
+        least = sorted(self.rejected, key=lambda item: math.inf if item.needed is None else item.needed)
+        told = "; ".join(f"{mesh_text(item.mesh)} {item.reason}" for item in least[: 1 if len(meshes) == 1 else 3])
+        limit = "" if goal.memory is None else f" keeps to {memory_text(goal.memory)} each"
+        return (f"none of the {len(meshes)} meshes of up to {goal.devices} devices{limit or ' does'}: {told}; "
+                "give more devices or more memory")
 
 
 def laid_out_everywhere(model: ir.Model) -> ir.Model:
