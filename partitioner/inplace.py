@@ -121,3 +121,15 @@ def _can_be_placed(value: ir.Value, node: ir.Node, operator: Concat) -> bool:
         return False  # it would be computed beside its place and copied there
     own, whole = dialect.get_layout(value).axes, dialect.get_layout(node.outputs[0]).axes
     return own == whole and own[operator.axis] is None and value.dtype == node.outputs[0].dtype
+
+
+def joined_to(node: ir.Node, buffer_of: Mapping[str, str]) -> ir.Node | None:
+    """The maker of the value whose memory a node's result takes; None where it takes none."""
+    if dialect.is_communication(node) or not follows(operator_of(node)):
+        return None
+    home = buffer_of[str(node.outputs[0].name)]
+    for value in node.inputs:
+        maker = None if value is None else value.producer()
+        if value is not None and maker is not None and buffer_of.get(str(value.name)) == home:
+            return None if dialect.is_communication(maker) else maker
+    return None

@@ -23,11 +23,13 @@ from partitioner.cost import PlanCost, StepCost, bytes_of, cells, copied_bytes
 from partitioner.curves import FloatArray, Number
 from partitioner.garbage import kept_for_later
 from partitioner.geometry import Interval, hull
+from partitioner.inplace import joined_to
 from partitioner.interior import Overlap
 from partitioner.kinds import kernel_seconds
 from partitioner.layout import Layout
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
+from partitioner.ops.fused import starts
 from partitioner.ops.nodes import needed_by_part, needed_layout, needs_of, operator_of
 from partitioner.ops.standard.conv import Conv, ConvTranspose
 from partitioner.profile import Kernels, Link, Profile
@@ -191,14 +193,22 @@ class _Clock:
         ins = [None if layout is None else cells(layout, self.mesh) * (share if self._is_data(v) else 1.0)
                for layout, v in zip(layouts, node.inputs, strict=True)]
         outs = [cells(dialect.get_layout(v), self.mesh) * share for v in node.outputs]
-        operator = operator_of(node)
-        once = kernel_seconds(self.kernels, operator, ins, outs)
+        operator, maker = operator_of(node), joined_to(node, self.lifetimes.buffer_of)
+        if maker is not None and self._is_in_cache(maker):
+            return count * (self.zero + self.kernels.step)
+        once = kernel_seconds(self.kernels, operator, ins, outs, in_place=maker is not None)
         if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
             once = once + self._one("pointwise", 2.0 * ins[0] * _dtype(node.outputs[0]).itemsize)
         if turns.count > 1 and self._slides(node.outputs[0]):  # the first slab takes the pages, others find them there
             again = kernel_seconds(self.kernels, operator, ins, outs, in_place=True) if operator.writes_into else once
             return once + (count - 1) * again + count * self.kernels.step
         return count * (once + self.kernels.step)
+
+    def _is_in_cache(self, maker: ir.Node | None) -> bool:
+        """Whether what works in place on a node's result does so while a block of it is in cache."""
+        while maker is not None and not starts(operator_of(maker)):
+            maker = joined_to(maker, self.lifetimes.buffer_of)
+        return maker is not None
 
     def _is_sparse(self, node: ir.Node) -> bool:
         """Whether a convolution reads cells that do not lie side by side in their buffer: it copies them first."""

@@ -31,11 +31,12 @@ def fuse(program: Program) -> Program:
             steps.append(replace(step, action=Compute(step.action.name, Fused((), ()), (), ())))
             continue
         last = len(steps) if isinstance(step.action, Compute) else -1
-        steps.append(replace(step, action=_in_blocks(step.action)))
+        steps.append(replace(step, action=in_blocks(step.action)))
     return replace(program, steps=tuple(steps))
 
 
-def _in_blocks(action: Action) -> Action:
+def in_blocks(action: Action) -> Action:
+    """A kernel that brings new memory into being as one that is run in blocks; other actions as they are."""
     if not isinstance(action, Compute) or not starts(action.operator) or len(action.writes) != 1:
         return action
     return replace(action, operator=Fused.of(action.operator, len(action.reads), action.writes[0].box.size))

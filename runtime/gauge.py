@@ -19,6 +19,7 @@ from partitioner.ops.base import NodeView, Operator, TensorType
 from partitioner.ops.registry import lookup
 from runtime.allocator import MAPPED_FROM, give_heap_back
 from runtime.executor import Shard, compute
+from runtime.fuse import in_blocks
 from runtime.memory import allocate_buffer, load_weight, storage_on
 from runtime.program import BufferSpec, Compute, Program, place
 
@@ -155,7 +156,9 @@ class Gauge:
         shard = Shard(program, self.device, weights)
         for name, spec in specs.items():
             shard.buffers[name] = allocate_buffer(spec, self.device, storage, False).normal_()
-        return shard, Compute(trial.op_type, operator, tuple(reads), tuple(writes))
+        action = in_blocks(Compute(trial.op_type, operator, tuple(reads), tuple(writes)))
+        assert isinstance(action, Compute)
+        return shard, action
 
 
 def _specs(prefix: str, shapes: Sequence[Extents]) -> tuple[dict[str, BufferSpec], list[Any]]:

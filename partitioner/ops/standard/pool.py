@@ -247,8 +247,10 @@ class MaxPool(Pool):
         return result
 
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
-        # torch's max pools compute int64 indices whether asked or not
-        return 8 * outs[0]
+        # torch's max pools compute int64 indices, asked or not; maxima axis by axis leave those of the axes before
+        steps = [w.stride for w in self.windows]
+        before = sum(math.prod(steps[a:]) for a in range(1, len(steps)))
+        return max(8, before * self.outputs[0].itemsize) * outs[0]
 
 
 @register
