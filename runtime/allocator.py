@@ -2,7 +2,8 @@
 
 glibc raises its threshold for mapped blocks up to 32 MiB as blocks are freed, and then keeps such blocks
 in a heap that fragments: a rank held up to a quarter more than its live tensors.  With a fixed threshold
-every larger tensor is a mapping of its own, and the measured peak is the planned one.
+every larger tensor is a mapping of its own, and the measured peak is the planned one.  Smaller ones, and the blocks
+in which large results are computed, are kept: their pages would be taken anew for every block.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ctypes
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-MAPPED_FROM = 1 << 20
+MAPPED_FROM = 8 << 20
 """Bytes from which a block is mapped on its own."""
 
 
@@ -25,7 +26,7 @@ def keep_memory_tight() -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
-        library.mallopt(_M_TRIM_THRESHOLD, 4 * MAPPED_FROM)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * MAPPED_FROM)
 
 
 def give_heap_back() -> None:
