@@ -116,7 +116,12 @@ def _forecast(options: argparse.Namespace) -> int:
         output=options.output,
     )
     console = Console()
-    return run_forecasts(chosen, console if console.is_terminal else Console(width=130))
+    console = console if console.is_terminal else Console(width=130)
+    if options.training:
+        from benchmarks.training_forecasts import run_steps
+
+        return run_steps(chosen.text, chosen.threads, chosen.output, console)
+    return run_forecasts(chosen, console)
 
 
 def _overlap(options: argparse.Namespace) -> int:
@@ -203,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_forecast(commands: Any) -> None:
     told = commands.add_parser("forecast", help="memory, bytes, messages and seconds: forecast against measured")
+    told.add_argument("--training", action="store_true", help="memory of training steps instead of runs")
     told.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
     told.add_argument("--profile", type=Path, metavar="FILE", help="of this machine (default: it is calibrated first)")
     told.add_argument("--threads", type=int, default=1, help="of every process")

@@ -141,7 +141,7 @@ def run_forecasts(options: Options, console: Console) -> int:
 def _calibrated(folder: Path, threads: int, console: Console) -> Path:
     path = folder / "profile.json"
     with console.status("calibrating"):
-        _run(["-m", "partitioner.cli", "calibrate", "--threads", str(threads), "-o", str(path)], threads)
+        run_python(["-m", "partitioner.cli", "calibrate", "--threads", str(threads), "-o", str(path)], threads)
     return path
 
 
@@ -152,11 +152,11 @@ def _measured(case: Forecast, folder: Path, profile: Path, options: Options) -> 
         export(network.build(), shape, model)
     told = {"case": asdict(case), "model": str(model), "profile": str(profile), "threads": options.threads,
             "repeats": options.repeats}
-    said = json.loads(_run(["-m", "benchmarks.forecasts", json.dumps(told)], options.threads))
+    said = json.loads(run_python(["-m", "benchmarks.forecasts", json.dumps(told)], options.threads))
     return Figures(**said["forecast"]), Figures(**said["measured"])
 
 
-def _run(arguments: Sequence[str], threads: int) -> str:
+def run_python(arguments: Sequence[str], threads: int) -> str:
     """Run Python and return what it prints.
 
     Raises:

@@ -105,13 +105,16 @@ class Conv(Operator):
         return Backward(inputs=(0, 1), workspace=self._backward_workspace(ins[0], outs[0]))
 
     def _backward_workspace(self, cells: float, results: float) -> float:
-        """Where torch would leave oneDNN (see kernels.gradients), data and gradient are copied twice."""
+        """Where torch would leave oneDNN (see kernels.gradients), data and gradient are copied, and once more in blocks
+        of 16 channels."""
         data, weight = self.inputs[:2]
         assert data is not None and weight is not None
         wide = data.rank < 4 or (weight.shape[-1] > 3 and weight.shape[-2] > 3)
         if data.shape[0] > 1 or self.group > 1 or wide:
             return 0.0
-        copies = 2 * self.outputs[0].itemsize * (cells + results)
+        shapes = ((cells, data.shape), (results, self.outputs[0].shape))
+        blocked = [n * -(-shape[1] // 16) * 16 / shape[1] for n, shape in shapes]
+        copies = self.outputs[0].itemsize * (cells + results + sum(blocked))
         return np.where(np.asarray(cells) / data.shape[-1] <= _SMALL, copies, 0.0)  # pyright: ignore
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
