@@ -161,7 +161,7 @@ class Box:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Extents of the local tensor."""
-        return tuple(extent(axis) for axis in self.axes)
+        return tuple([extent(axis) for axis in self.axes])
 
     @property
     def size(self) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from partitioner.garbage import kept_for_later
 from partitioner.ops.fused import Fused
 from runtime.program import (
     Action,
@@ -65,6 +66,7 @@ class Memory:
         return tuple(self.peak - alive for alive in self.turns)
 
 
+@kept_for_later()
 def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -> Memory:
     """Follow the buffers of the ranks of one process through their steps.
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from partitioner.ops.fused import PREVIOUS, Fused, follows, starts
+from partitioner.ops.base import Operator
+from partitioner.ops.fused import BLOCK, PREVIOUS, Fused, follows, starts
 from runtime.program import Action, Compute, Program, Step, Window
 
 
@@ -24,25 +26,48 @@ def fuse(program: Program) -> Program:
         return program
     steps: list[Step] = []
     last = -1  # the step that the next one may be joined to
+    made = Made()
     for step in program.steps:
-        action = _joined(steps[last].action, step.action) if last >= 0 else None
+        action = _joined(steps[last].action, step.action, made) if last >= 0 else None
         if action is not None:
             steps[last] = replace(steps[last], action=action)
             steps.append(replace(step, action=Compute(step.action.name, Fused((), ()), (), ())))
             continue
         last = len(steps) if isinstance(step.action, Compute) else -1
-        steps.append(replace(step, action=in_blocks(step.action)))
+        steps.append(replace(step, action=in_blocks(step.action, made)))
     return replace(program, steps=tuple(steps))
 
 
-def in_blocks(action: Action) -> Action:
+class Made:
+    """Operators that were joined before: the slabs of a chain have the same ones. They live as long as the program."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], tuple[Fused, Any]] = {}
+
+    def of(self, operator: Operator, count: int, cells: int) -> Fused:
+        """See `Fused.of`."""
+        key = (id(operator), count, cells * operator.outputs[0].itemsize > BLOCK)
+        if key not in self._found:
+            self._found[key] = Fused.of(operator, count, cells), operator
+        return self._found[key][0]
+
+    def then(self, first: Fused, operator: Operator, sources: Sequence[int], inputs: int) -> Fused:
+        """See `Fused.then`."""
+        key = (id(first), id(operator), *sources, inputs)
+        if key not in self._found:
+            self._found[key] = first.then(operator, sources, inputs), (first, operator)
+        return self._found[key][0]
+
+
+def in_blocks(action: Action, made: Made | None = None) -> Action:
     """A kernel that brings new memory into being as one that is run in blocks; other actions as they are."""
+    made = made or Made()
     if not isinstance(action, Compute) or not starts(action.operator) or len(action.writes) != 1:
         return action
-    return replace(action, operator=Fused.of(action.operator, len(action.reads), action.writes[0].box.size))
+    return replace(action, operator=made.of(action.operator, len(action.reads), action.writes[0].box.size))
 
 
-def _joined(first: Action, second: Action) -> Compute | None:
+def _joined(first: Action, second: Action, made: Made) -> Compute | None:
     """Both as one step, where the second one writes where it reads what the first one has written."""
     if not isinstance(first, Compute) or not isinstance(second, Compute):
         return None
@@ -54,7 +79,7 @@ def _joined(first: Action, second: Action) -> Compute | None:
     if len(places) != 1 or any(_touches(w, first.writes[0]) for i, w in enumerate(second.reads) if i != places[0]):
         return None
     sources, reads = _sources(second.reads, places[0], len(first.reads))
-    operator = first.operator.then(second.operator, sources, len(first.reads))
+    operator = made.then(first.operator, second.operator, sources, len(first.reads))
     return replace(first, operator=operator, reads=(*first.reads, *reads))
 
 

@@ -128,9 +128,13 @@ class Localiser:
                taken: Mapping[str, Pieces] | None = None) -> tuple[Window | None, ...]:
         found: list[Window | None] = []
         for index, value in enumerate(node.inputs):
-            box = None if value is None else input_box(node, index, outs, self.here, taken)
+            box = None if value is None else self._input_box(node, index, outs, taken)
             found.append(None if box is None or value is None else self._window(value, box))
         return tuple(found)
+
+    def _input_box(self, node: ir.Node, index: int, outs: tuple[Box, ...],
+                   taken: Mapping[str, Pieces] | None) -> Box | None:
+        return input_box(node, index, outs, self.here, taken)
 
     def _exchange(self, node: ir.Node, cut: Callable[[Box], Box] = lambda box: box) -> Exchange:
         """An exchange, or what `cut` leaves of every box of it."""

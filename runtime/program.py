@@ -17,6 +17,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.garbage import kept_for_later
 from partitioner.geometry import Box, Interval, local_slices
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
@@ -60,7 +61,7 @@ class Window:
     @property
     def is_dense(self) -> bool:
         """Whether every axis is one slice, so that the window is a view."""
-        return all(len(axis) == 1 for axis in self.slices)
+        return set(map(len, self.slices)) <= {1}
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,7 @@ def _meets(action: Action) -> bool:
     return isinstance(action, Exchange | Post | Finish | AllReduce)
 
 
+@kept_for_later()
 def localise(model: ir.Model, rank: int, lifetimes: Lifetimes | None = None, storage: str | None = None,
              streamed: frozenset[str] = frozenset(), overlaps: bool = True) -> Program:
     """The program of one rank of a plan; the cost grows with the graph, not with the mesh.

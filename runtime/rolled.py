@@ -5,7 +5,7 @@ How a buffer moves is for `runtime.tracks`; which cells come when, for `partitio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -15,6 +15,7 @@ from partitioner.lifetime import Lifetimes
 from partitioner.ops.nodes import operator_of
 from partitioner.rolling import Chain, Slab, Stage, Turn, order_stages, rolled_axis
 from runtime.localiser import Localiser
+from runtime.memo import Memo
 from runtime.program import (
     Action,
     BufferSpec,
@@ -58,6 +59,8 @@ class RolledLocaliser(Localiser):
         self.filed = {self._buffer(v) for v in values if dialect.rests_in_file(v)}
         self.last_stage = self._last_stages()
         self.resting = self._resting_buffers()
+        self.memo = Memo(self.here, self.name)
+        self.partials: dict[ir.Node, tuple[tuple[Window, ...], list[Merge]]] = {}
 
     def program(self) -> Program:
         """All steps; buffers are as large as they ever are."""
@@ -162,27 +165,38 @@ class RolledLocaliser(Localiser):
                 yield from self._stores(value, part)
 
     def _compute(self, node: ir.Node, turn: Turn) -> Compute:
-        outs = tuple(self._part(v, part) if part is not None else dialect.get_layout(v).box(self.here)
+        outs = tuple(self._part(v, part) if part is not None else self.memo.owned(v)
                      for v, part in zip(node.outputs, turn.parts, strict=True))
         writes = tuple(self._window(v, out) for v, out in zip(node.outputs, outs, strict=True))
         return Compute(str(node.name), operator_of(node), self._reads(node, outs), writes)
 
     def _partial(self, node: ir.Node, taken: Interval) -> Iterator[Action]:
         """A partial result of some cells, merged with that of the cells before."""
-        outs = tuple(dialect.get_layout(v).box(self.here) for v in node.outputs)
+        if node not in self.partials:
+            self.partials[node] = self._merged(node)
+        windows, merges = self.partials[node]
+        outs = tuple(map(self.memo.owned, node.outputs))
+        here = {self.name: span(taken.start, taken.stop)}
+        yield Compute(str(node.name), operator_of(node), self._reads(node, outs, here), windows)
+        yield from merges
+
+    def _merged(self, node: ir.Node) -> tuple[tuple[Window, ...], list[Merge]]:
+        """Where a partial result of some cells is, and what merges it with that of the cells before."""
+        outs = tuple(map(self.memo.owned, node.outputs))
         parts = {value: Window(f"{value.name}/part", box, tuple((slice(0, n),) for n in box.shape), True)
                  for value, box in zip(node.outputs, outs, strict=True)}
         for value, window in parts.items():
             assert value.dtype is not None
             self.specs[window.buffer] = BufferSpec(window.buffer, window.box, value.dtype)
-        here = {self.name: span(taken.start, taken.stop)}
-        yield Compute(str(node.name), operator_of(node), self._reads(node, outs, here), tuple(parts.values()))
+        merges: list[Merge] = []
         for user in dict.fromkeys(user for value in node.outputs for user, _ in value.uses()):
             kind, _ = dialect.all_reduce_kind(user)  # the only readers that partial results have
             values = [v for v in user.inputs if v is not None]
             for value in values:
                 self._make_whole(value)
-            yield Merge(str(user.name), kind, tuple(parts[v] for v in values), tuple(map(self._window, values)))
+            merges.append(Merge(str(user.name), kind, tuple(parts[v] for v in values),
+                                tuple(map(self._window, values))))
+        return tuple(parts.values()), merges
 
     def _exchange_part(self, node: ir.Node, part: Interval | None) -> Exchange:
         """The messages of an exchange that concern some cells along the rolled axis."""
@@ -199,9 +213,9 @@ class RolledLocaliser(Localiser):
 
     def _part(self, value: ir.Value, part: Interval) -> Box:
         """This rank's cells of a value, some of those along the rolled axis."""
-        axis = rolled_axis(value, self.name)
+        axis = self.memo.axis(value)
         assert axis is not None
-        return _replaced(dialect.get_layout(value).box(self.here), axis, span(part.start, part.stop))
+        return _replaced(self.memo.owned(value), axis, span(part.start, part.stop))
 
     def _make_whole(self, value: ir.Value) -> None:
         """Room for all of this rank's part of a value."""
@@ -269,18 +283,22 @@ class RolledLocaliser(Localiser):
                 yield Forget(str(values[0].name), buffer, Interval(before, first))
 
     def _window(self, value: ir.Value, box: Box | None = None, joined: bool = True) -> Window:
-        if str(value.name) in self.weights or self._buffer(value) not in self.tracks:
-            return super()._window(value, box, joined)
-        buffer = self._buffer(value)
+        buffer = self.lifetimes.buffer_of.get(str(value.name))
+        if buffer is None or buffer not in self.tracks:  # a weight, or what has no rolled axis
+            return self.memo.window(value, box, joined, super()._window)
         track = self.tracks[buffer]
-        owned = dialect.get_layout(value).box(self.here)
+        owned = self.memo.owned(value)
         wanted = owned if box is None else box
         held = self.boxes[buffer] if self.lifetimes.buffers[buffer].base is None else owned
-        found = place(buffer, _replaced(held, track.axis, wanted.axes[track.axis]), wanted, joined)
         pieces = wanted.axes[track.axis] or (Interval(track.origin, track.origin),)
         where = tuple(piece for part in pieces for piece in track.slices(part))
-        slices = (*found.slices[: track.axis], where, *found.slices[track.axis + 1 :])
+        slices = tuple(where if axis == track.axis else self.memo.slices(here, cells, joined)
+                       for axis, (here, cells) in enumerate(zip(held.axes, wanted.axes, strict=True)))
         return Window(buffer, wanted, slices, track.kind == "passing")
+
+    def _input_box(self, node: ir.Node, index: int, outs: tuple[Box, ...],
+                   taken: Mapping[str, Pieces] | None) -> Box | None:
+        return self.memo.input_box(node, index, outs, taken)
 
 
 def _replaced(box: Box, axis: int, pieces: Pieces) -> Box:

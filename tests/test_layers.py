@@ -65,6 +65,30 @@ def test_the_core_loads_neither_torch_nor_onnx() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "import partitioner.cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    partitioner.cli.main(['plan', '--help'])\n"
+        "heavy = sorted({'torch', 'onnx', 'onnx_ir', 'onnxruntime', 'numpy', 'rich', 'sympy'} & set(sys.modules))\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_ranks_load_what_they_run_with_and_nothing_that_compiles() -> None:
+    """A process per rank begins with these imports: torch and the reader of plans take most of its start."""
+    code = (
+        "import sys\n"
+        "import torch, runtime.worker, runtime.group, runtime.rank, partitioner.loader\n"
+        "left = {'onnxruntime', 'onnxscript', 'networkx', 'rich', 'torch.onnx', 'torch._dynamo', 'torch._inductor',\n"
+        "        'partitioner.compiler', 'partitioner.api', 'passes.pipeline'}\n"
+        "assert not left & set(sys.modules), sorted(left & set(sys.modules))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def _lint(folder: Path) -> int:
     """The linter's exit status over a folder, in a process of its own: it imports what it checks."""
     code = "import importlinter.cli as linter; raise SystemExit(linter.lint_imports(no_cache=True))"
