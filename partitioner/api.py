@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from partitioner.profile import Link, Profile
     from partitioner.timing import PlanTime
     from partitioner.training_cost import Optimiser, TrainingCost
+    from partitioner.training_time import TrainingTime
     from runtime.session import Runner, RunReport
     from runtime.training.module import PartitionedModule
 
@@ -380,6 +381,23 @@ class Plan:
         from partitioner.training_cost import training_cost
 
         return training_cost(self._training, checkpoint, optimiser)
+
+    def training_time(self, profile: Profile | str | Path | None = None, backend: str = "lockstep",
+                      threads: int | None = None, checkpoint: bool = False) -> TrainingTime:
+        """How long a training step takes on every rank, estimated; see `partitioner.training_time` for how roughly.
+
+        Args:
+            profile, backend, threads: as in `time`.
+            checkpoint: as in `module`.
+
+        Raises:
+            PartitionError: when the plan came from a file, or the profile cannot be read or lacks the transport.
+        """
+        from partitioner.profile import Profile
+        from partitioner.training_time import training_time
+
+        found = profile if isinstance(profile, Profile) else Profile.find(profile)
+        return training_time(self._training, self.training_cost(checkpoint), found, backend, threads)
 
     @property
     def _trainable(self) -> ir.Model:

@@ -36,7 +36,7 @@ WORDS: dict[str, int] = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2}
 BUCKET_BYTES = 8 << 20
 """A bucket of gradients that travel together is full when it holds this much."""
 
-_PRODUCTS = (Conv, ConvTranspose, Gemm, MatMul, Einsum)
+PRODUCTS = (Conv, ConvTranspose, Gemm, MatMul, Einsum)
 """Operators whose two gradients take as many operations each as their result."""
 
 
@@ -341,5 +341,5 @@ def _operations(tape: Tape, again: bool) -> tuple[FloatArray, FloatArray]:
             continue
         found = operations(node, dialect.get_layout(node.outputs[0]), tape.mesh)
         forward = forward + found
-        backward = backward + found * (2.0 if isinstance(operator_of(node), _PRODUCTS) else 1.0)
+        backward = backward + found * (2.0 if isinstance(operator_of(node), PRODUCTS) else 1.0)
     return forward, backward + forward if again else backward

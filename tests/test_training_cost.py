@@ -177,6 +177,15 @@ def test_parameters_count_once(tmp_path: Any) -> None:
     assert sorted(parameter_bytes(plan._training)) == sorted(names.values())
 
 
+def test_times_of_steps_are_estimated() -> None:
+    plan = planned(32, "depth=2")
+    plain, again = (plan.training_time("default", "gloo", 1, checkpoint) for checkpoint in (False, True))
+    assert plain.forward.shape == (2,) and (plain.backward > 1.5 * plain.forward).all() and plain.sums > 0
+    assert np.allclose(again.backward, plain.backward + plain.forward)
+    assert plain.seconds == plain.total.max() < plan.training_time("default", threads=1).seconds
+    assert plan.training_time("default", threads=1).sums == 0
+
+
 def test_plans_from_files_do_not_train(tmp_path: Any) -> None:
     path = tmp_path / "p.plan.onnx"
     planned(16, None).save(path)
