@@ -163,8 +163,8 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     """Static extents of a value that canonicalize has seen."""
     assert value.shape is not None, value.name
     dims = value.shape.dims
-    known = value.meta.data.get(_EXTENTS)
-    if known != dims:
+    known: tuple[int, ...] | None = value.meta.data.get(_EXTENTS)
+    if known is None or known != dims:
         known = value.meta[_EXTENTS] = tuple(int(n) for n in value.shape.numpy())
     return known
 

@@ -196,8 +196,9 @@ class _Needed:
         """Of one input."""
         if index not in self.answers:
             found = _needed_layout(node, index, self.outs)
-            for axis, shards in reduction_splits(node).get(index, {}).items() if self.partial and found else ():
-                found = found.with_axis(axis, shards)
+            if found is not None and self.partial:
+                for axis, shards in reduction_splits(node).get(index, {}).items():
+                    found = found.with_axis(axis, shards)
             self.answers[index] = found
         return self.answers[index]
 
