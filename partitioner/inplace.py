@@ -54,7 +54,7 @@ def _ends_in(value: ir.Value, node: ir.Node, position: Mapping[ir.Node, int], ro
     if dialect.get_layout(value) != dialect.get_layout(result) or dialect.rests_in_file(value) != dialect.rests_in_file(
             result):
         return False
-    if dialect.is_communication(maker) or operator_of(maker).is_view or len(maker.outputs) > 1:
+    if dialect.is_communication(maker) or not _makes_memory(maker):
         return False
     users = [use.node for use in value.uses()]
     others = [user for user in users if user is not node]
@@ -63,6 +63,12 @@ def _ends_in(value: ir.Value, node: ir.Node, position: Mapping[ir.Node, int], ro
     if not rolls:
         return all(_is_done_with(user) and position[user] < position[node] for user in others)
     return not others and all(v is value or v is None or v.const_value is not None for v in node.inputs)
+
+
+def _makes_memory(maker: ir.Node) -> bool:
+    """Whether a result is never its input's memory: a cast that changes nothing hands on its input, even a weight."""
+    operator = operator_of(maker)
+    return len(maker.outputs) == 1 and not operator.is_view and (starts(operator) or operator.writes_into)
 
 
 def _is_done_with(user: ir.Node) -> bool:
