@@ -271,8 +271,10 @@ class Search:
     def _refusal(self, meshes: Sequence[Mesh]) -> str:
         goal = self.goal
         least = sorted(self.rejected, key=lambda item: math.inf if item.needed is None else item.needed)
-        told = "; ".join(f"{mesh_text(item.mesh)} {item.reason}" for item in least[: 1 if len(meshes) == 1 else 3])
         limit = "" if goal.memory is None else f" keeps to {memory_text(goal.memory)} each"
+        if len(meshes) == 1:
+            return f"mesh {meshes[0]}{limit and ' does not keep' + limit[6:]}: {least[0].reason}"
+        told = "; ".join(f"{mesh_text(item.mesh)} {item.reason}" for item in least[:3])
         return (f"none of the {len(meshes)} meshes of up to {goal.devices} devices{limit or ' does'}: {told}; "
                 "give more devices or more memory")
 
