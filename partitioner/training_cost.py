@@ -243,15 +243,14 @@ class _Peaks:
         for index, moment in enumerate(tape.moments):
             during = live + born.get(index, tape.zero)
             after = during - dies.get(index, tape.zero)
-            gradients += grown.get(index, 0)
+            gradients += grown.get(index, 0) * (2 if in_buckets else 1)  # and the buckets in which they are summed
             self.each = np.maximum(self.each, during + moment.workspace)
             self.each_with_weights = np.maximum(self.each_with_weights, during + moment.workspace + gradients)
             together = _together(moment, live, during, after)
             self.all_ranks = max(self.all_ranks, together)
-            self.all_with_weights = max(self.all_with_weights, together + gradients)
+            self.all_with_weights = max(self.all_with_weights, together + gradients // (2 if in_buckets else 1))
             live = after
-        held = live + gradients * (2 if in_buckets else 1)  # gradients, and the buckets in which they are summed
-        self.each_with_weights = np.maximum(self.each_with_weights, held)
+        self.each_with_weights = np.maximum(self.each_with_weights, live + gradients)
 
 
 def _changes(tape: Tape) -> tuple[dict[int, IntArray], dict[int, IntArray], dict[int, int]]:
