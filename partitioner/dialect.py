@@ -78,7 +78,7 @@ _DIGEST = "partitioner.digest"
 _STATISTIC = "partitioner.statistic"
 _SOURCE = "partitioner.source"
 _WHOLE_CHANNELS = "partitioner.dropout"
-_EXTENTS = "partitioner.extents"
+EXTENTS_MEMO = "partitioner.extents"
 
 
 def is_exchange(node: ir.Node) -> bool:
@@ -163,9 +163,9 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     """Static extents of a value that canonicalize has seen."""
     assert value.shape is not None, value.name
     dims = value.shape.dims
-    known: tuple[int, ...] | None = value.meta.data.get(_EXTENTS)
+    known: tuple[int, ...] | None = value.meta.data.get(EXTENTS_MEMO)
     if known is None or known != dims:
-        known = value.meta[_EXTENTS] = tuple(int(n) for n in value.shape.numpy())
+        known = value.meta[EXTENTS_MEMO] = tuple(int(n) for n in value.shape.numpy())
     return known
 
 

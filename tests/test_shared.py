@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import partitioner as pt
+from runtime.group import check_backend
 from tests.models import NETWORKS
 from tests.test_deaths import all_gone, workers
 
@@ -48,6 +49,6 @@ def test_a_rank_that_dies(plan: pt.Plan) -> None:
 
 def test_only_memory_of_the_host(plan: pt.Plan) -> None:
     with pytest.raises(pt.PartitionError, match="backend shm moves the memory of this host, not of device 'cuda'"):
-        plan.session("shm", device="cuda")
+        check_backend("shm", "cuda", 4)
     with pytest.raises(pt.PartitionError, match="for backend gloo, not shm"):
         plan.session("shm", link=pt.Link(1e-3, 1e9))
