@@ -26,7 +26,7 @@ from runtime.feeds import to_numpy
 from runtime.rank import FileRef, RunFiles
 from runtime.session import PoolRunner
 from runtime.transports import Parcel
-from runtime.transports.distributed import _as_bytes
+from runtime.transports.base import as_bytes
 from runtime.unfinished import prepared
 from tests.command import SHAPE, Array, convolution, model, value, volume
 from tests.models import NETWORKS
@@ -275,5 +275,5 @@ def test_a_rank_holds_only_its_part() -> None:
 def test_a_message_of_one_cell_is_dense_whatever_its_strides(strides: tuple[int, ...]) -> None:
     """The corner of a 2x2x2 mesh: torch calls it contiguous, but it cannot be flattened by a view."""
     cell = torch.arange(200, dtype=torch.float32).as_strided((1, 1, 1), strides, 42)
-    flat = _as_bytes(Parcel(0, (cell,)))
+    flat = as_bytes(Parcel(0, (cell,)))
     assert flat is not None and flat.view(torch.float32).tolist() == [42.0]
