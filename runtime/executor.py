@@ -119,6 +119,15 @@ def make_shards(programs: Sequence[Program], devices: Sequence[torch.device], po
     return [Shard(p, d, loaded[d], poison, arena=arena) for p, d in zip(programs, devices, strict=True)]
 
 
+@dataclass(frozen=True)
+class _Order:
+    """The turns of some programs, and the bytes below the peak in each, which memory that waits for others may take."""
+
+    programs: Sequence[Program]
+    turns: Sequence[tuple[int, tuple[int, ...]]]
+    spare: Sequence[int]
+
+
 @dataclass
 class Executor:
     """Runs the shards of this process; the transport reaches the others."""
@@ -126,6 +135,7 @@ class Executor:
     shards: Sequence[Shard]
     transport: Transport
     under_way: dict[str, Handle] = field(default_factory=dict[str, Handle])
+    _known: _Order | None = None
 
     def run(self, feed: Feed, drain: Drain, progress: Progress | None = None, first: int = 0,
             after: Callable[[int], None] | None = None) -> None:
@@ -139,9 +149,8 @@ class Executor:
             after: called with the next turn's number after each, unless messages are under way then.
         """
         self.under_way.clear()
-        programs = [shard.program for shard in self.shards]
-        turns, spare = in_turns(programs), forecast(programs).spare
-        arena = self.shards[0].arena
+        order, arena = self._order(), self.shards[0].arena
+        turns, spare = order.turns, order.spare
         with torch.inference_mode(), arena.open():
             for index, (number, places) in enumerate(turns[first:], first + 1):
                 arena.keep(spare[index - 1])
@@ -154,6 +163,13 @@ class Executor:
                     progress(index, len(turns), steps[0][1].action.name)
                 if after is not None and index < len(turns) and not self.under_way:
                     after(index)
+
+    def _order(self) -> _Order:
+        """The turns of the programs that the shards have, found once for all runs of them."""
+        programs = [shard.program for shard in self.shards]
+        if self._known is None or any(a is not b for a, b in zip(programs, self._known.programs, strict=True)):
+            self._known = _Order(programs, in_turns(programs), forecast(programs).spare)
+        return self._known
 
     def _act(self, pairs: Sequence[tuple[Shard, Action]], feed: Feed, drain: Drain) -> None:
         actions = [action for _, action in pairs]

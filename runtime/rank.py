@@ -103,6 +103,7 @@ class RankRunner:
         self.device = device
         self._model = model
         self._transport = transport
+        self._programs: dict[frozenset[str], Program] = {}
         self._executor = Executor(make_shards([self._localise(frozenset())], [device]), self._transport)
         self._dtypes = {str(v.name): v.dtype for v in model.graph.inputs}
         mesh = dialect.get_mesh(model)
@@ -111,9 +112,12 @@ class RankRunner:
         self._counted = frozenset(n for n, boxes in self._boxes.items() if boxes.index(boxes[place.rank]) == place.rank)
 
     def _localise(self, streamed: frozenset[str]) -> Program:
-        """The program for files of which some can only be read at once."""
-        storage = storage_on(self.device, dialect.get_storage(self._model))
-        return localise(self._model, self.place.rank, find_lifetimes(self._model), storage, streamed)
+        """The program for files of which some can only be read at once, made once."""
+        if streamed not in self._programs:
+            storage = storage_on(self.device, dialect.get_storage(self._model))
+            lifetimes = find_lifetimes(self._model)
+            self._programs[streamed] = localise(self._model, self.place.rank, lifetimes, storage, streamed)
+        return self._programs[streamed]
 
     def run(self, files: RunFiles, progress: Progress | None = None) -> RankReport:
         """Run once over files.
