@@ -22,8 +22,6 @@ from partitioner.errors import PartitionError
 from partitioner.exchange import plan_exchange
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import operator_of
-from partitioner.ops.standard.conv import Conv, ConvTranspose
-from partitioner.ops.standard.dense import Einsum, Gemm, MatMul
 from partitioner.ops.weights import is_trainable
 from partitioner.segments import Segments, find_segments
 from partitioner.tape import Moment, Storage, Tape, Tensor
@@ -35,9 +33,6 @@ WORDS: dict[str, int] = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2}
 
 BUCKET_BYTES = 8 << 20
 """A bucket of gradients that travel together is full when it holds this much."""
-
-PRODUCTS = (Conv, ConvTranspose, Gemm, MatMul, Einsum)
-"""Operators whose two gradients take as many operations each as their result."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def training_cost(plan: ir.Model, checkpoint: bool = False, optimiser: Optimiser
     again = len(segments) > 1
     forward, backward = _traffic(tape, again)
     flops = _operations(tape, again)
-    buckets = len(fill_buckets(parameters)) if tape.mesh.size > 1 else 0
+    buckets = len(fill_buckets(parameters[::-1])) if tape.mesh.size > 1 else 0
     state = WORDS[optimiser] * total
     return TrainingCost(
         tape.mesh, segments, kept, peaks.each, peaks.all_ranks, peaks.each_with_weights + held + state,
@@ -333,12 +328,12 @@ def _traffic(tape: Tape, again: bool) -> tuple[Sent, Sent]:
 
 
 def _operations(tape: Tape, again: bool) -> tuple[FloatArray, FloatArray]:
-    """Operations forward, and backward: of a product twice as many, one for each of its two gradients."""
+    """Operations forward, and backward."""
     forward = backward = np.zeros(tape.mesh.shape)
     for node in tape.nodes:
         if dialect.is_communication(node):
             continue
         found = operations(node, dialect.get_layout(node.outputs[0]), tape.mesh)
         forward = forward + found
-        backward = backward + found * (2.0 if isinstance(operator_of(node), PRODUCTS) else 1.0)
+        backward = backward + found * operator_of(node).gradient_work
     return forward, backward + forward if again else backward

@@ -25,7 +25,7 @@ from partitioner.mesh import Mesh
 from partitioner.ops.nodes import operator_of
 from partitioner.profile import Profile
 from partitioner.timing import LOCKSTEP, StepTime, plan_time
-from partitioner.training_cost import PRODUCTS, TrainingCost
+from partitioner.training_cost import TrainingCost
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def training_time(plan: ir.Model, cost: TrainingCost, profile: Profile, transpor
 def _gradient(step: StepTime) -> FloatArray:
     """Seconds of a step's pass back."""
     node = step.node
-    twice = node is not None and not dialect.is_communication(node) and isinstance(operator_of(node), PRODUCTS)
-    return step.total + (step.compute if twice else 0.0)
+    if node is None or dialect.is_communication(node):
+        return step.total
+    return step.total + (operator_of(node).gradient_work - 1.0) * step.compute
 
 
 def _sum(figures: Sequence[FloatArray], mesh: Mesh) -> FloatArray:

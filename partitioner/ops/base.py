@@ -343,6 +343,11 @@ class Operator(ABC):
         return False
 
     @property
+    def gradient_work(self) -> float:
+        """Operations of the gradients for each of the result's own: a product's two take as many each."""
+        return 1.0
+
+    @property
     def has_gradient(self) -> bool:
         """Whether the kernel, called without `into`, is differentiable by torch (where the operator itself is)."""
         return True

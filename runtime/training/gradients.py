@@ -8,6 +8,7 @@ whose parameters get no gradient, sends zeros.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from partitioner.training_cost import fill_buckets
 from runtime.group import Group, peers
-
-BUCKET_BYTES = 8 << 20
-"""A bucket is full when it holds this much."""
 
 
 @dataclass
@@ -142,18 +141,12 @@ class GradientSum:
 
 def _make_buckets(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
     """Parameters of one type and device, in order, a few megabytes each."""
-    buckets: list[Bucket] = []
-    size = 0
-    for parameter in parameters:
-        nbytes = parameter.numel() * parameter.element_size()
-        last = buckets[-1].parameters[-1] if buckets else None
-        if last is None or size + nbytes > BUCKET_BYTES or (last.dtype, last.device) != (parameter.dtype,
-                                                                                         parameter.device):
-            buckets.append(Bucket([]))
-            size = 0
-        buckets[-1].parameters.append(parameter)
-        size += nbytes
-    return buckets
+    found: list[Bucket] = []
+    for _, run in itertools.groupby(parameters, key=lambda p: (p.dtype, p.device)):
+        alike = list(run)
+        places = fill_buckets([p.numel() * p.element_size() for p in alike])
+        found += [Bucket([alike[place] for place in bucket]) for bucket in places]
+    return found
 
 
 def _parts(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:

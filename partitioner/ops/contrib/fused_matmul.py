@@ -59,6 +59,10 @@ class FusedMatMul(Operator):
         return tuple(None if need is None else _swapped(need, flip)
                      for need, flip in zip(self.plain.needs(output), self.flips, strict=True))
 
+    @property
+    def gradient_work(self) -> float:
+        return 2.0
+
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return self.plain.backward(ins, outs)
 

@@ -101,6 +101,10 @@ class Conv(Operator):
     def explicit(self) -> Mapping[str, tuple[int, ...]]:
         return explicit_pads(self.windows)
 
+    @property
+    def gradient_work(self) -> float:
+        return 2.0
+
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return Backward(inputs=(0, 1), workspace=self._backward_workspace(ins[0], outs[0]))
 
@@ -200,6 +204,10 @@ class ConvTranspose(Operator):
             return None  # output_padding may not be that large
         pads = (*(w.lo for w in self.windows), *(max(0, end) for end in ends))
         return {"pads": pads, "output_padding": tuple(max(0, -end) for end in ends)}
+
+    @property
+    def gradient_work(self) -> float:
+        return 2.0
 
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return Backward(inputs=(0, 1), workspace=self.outputs[0].itemsize * outs[0])

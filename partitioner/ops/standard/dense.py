@@ -111,6 +111,10 @@ class Gemm(Operator):
             (bias,) = write.op("Mul", [bias, write.constant(np.asarray(self.beta, dtype))])
         return write.op("Add", [result, bias])[0]
 
+    @property
+    def gradient_work(self) -> float:
+        return 2.0
+
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return Backward(inputs=(0, 1))
 
@@ -184,6 +188,10 @@ class MatMul(Operator):
     def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
         return _partial_sum(write, "MatMul", inputs, {})
 
+    @property
+    def gradient_work(self) -> float:
+        return 2.0
+
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         a, b = self.inputs
         assert a is not None and b is not None
@@ -254,6 +262,10 @@ class Einsum(Operator):
 
     def decompose(self, write: Decomposer, inputs: Sequence[ir.Value | None]) -> ir.Value:
         return _partial_sum(write, "Einsum", inputs, {"equation": str(self.equation)})
+
+    @property
+    def gradient_work(self) -> float:
+        return 2.0
 
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         if len(self.inputs) < 2:
