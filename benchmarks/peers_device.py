@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +62,9 @@ class _OnDevice(Runner):
             self._torch.cuda.synchronize()
         return output
 
+    @abstractmethod
     def forward(self) -> Any:
         """The pass itself."""
-        raise NotImplementedError
 
     def array(self, output: Any) -> NDArray[np.float32]:
         return output.float().cpu().numpy()

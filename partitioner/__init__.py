@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from partitioner import monai
-    from partitioner.api import Plan, Session, load, partition
+    from partitioner.api import Plan, load, partition
     from partitioner.errors import ExecutionError, PartitionError
     from partitioner.mesh import Mesh
     from partitioner.ops.plugins import load_operators
     from partitioner.outlook import forecast
     from partitioner.planner.scaling import Scaling
     from partitioner.profile import Link, Profile
+    from partitioner.sessions import Session
     from partitioner.verify import Verification
     from runtime.training import checkpoint, data, losses
 
@@ -31,7 +32,7 @@ _HOMES = {
     "Plan": "partitioner.api",
     "forecast": "partitioner.outlook",
     "Scaling": "partitioner.planner.scaling",
-    "Session": "partitioner.api",
+    "Session": "partitioner.sessions",
     "Verification": "partitioner.verify",
     "Mesh": "partitioner.mesh",
     "load_operators": "partitioner.ops.plugins",

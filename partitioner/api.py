@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 import onnx_ir as ir
 
@@ -24,7 +21,6 @@ from partitioner.guards import (
     Arrays,
     MeshLike,
     check_inputs,
-    check_link,
     checked_path,
     is_tensor,
     overlapped_names,
@@ -36,6 +32,7 @@ from partitioner.mesh import Mesh
 from partitioner.ops.weights import without_gradient
 from partitioner.planning import Devices, Request, compile_request, devices_of, pinned_axes, search_plan
 from partitioner.report import plan_dict, render, to_text
+from partitioner.sessions import Backend, Progress, Session
 
 if TYPE_CHECKING:
     from partitioner.page import Alternative
@@ -44,18 +41,11 @@ if TYPE_CHECKING:
     from partitioner.timing import PlanTime
     from partitioner.training_cost import Optimiser, TrainingCost
     from partitioner.training_time import TrainingTime
-    from runtime.session import Runner, RunReport
     from runtime.training.module import PartitionedModule
-
-Backend = Literal["lockstep", "gloo", "nccl", "shm"]
-Progress = Callable[[int, int, str], None]
 
 FOLDED = ("the batch norms of this model look folded into {count} convolutions ({names}, ...), so that they cannot "
           "train; export it from torch with pt.partition(module, example, train=True), or with "
           "torch.onnx.export(module.eval(), ..., optimize=False)")
-
-KEPT_PLANS = 4
-"""How many plans a session keeps for shapes that it has seen."""
 
 
 def partition(  # noqa: PLR0913 (the words of the command)
@@ -258,8 +248,13 @@ class Plan:
         write_page(checked_path(path), self.model, self.cost, name, alternatives, explain)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data for programs; see `partitioner.report.plan_dict`."""
-        return plan_dict(self.model, self.cost)
+        """The plan as plain data (see `partitioner.report.plan_dict`), with the planner's choice where there is one."""
+        found = plan_dict(self.model, self.cost)
+        if self.choice is None:
+            return found
+        from partitioner.planner.explain import choice_dict
+
+        return {**found, "choice": choice_dict(self.choice)}
 
     def to_text(self) -> str:
         """The printed form: one line per node."""
@@ -423,102 +418,6 @@ class Plan:
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""
         return plain_model(self.model) if self._source is None else self._source.clone()
-
-
-class Session:
-    """A plan ready to run, with its processes and weights; keeps the last few plans for other shapes.
-
-    Attributes:
-        last_run: what the last run measured (seconds, peak memory, bytes and messages per rank), or None.
-    """
-
-    def __init__(self, plan: Plan, backend: Backend, device: str, threads: int | None,
-                 link: Link | None = None) -> None:
-        if backend not in get_args(Backend):
-            raise PartitionError(f"backend '{backend}' is unknown; use {', '.join(get_args(Backend))}")
-        if threads is not None and (not isinstance(threads, int) or threads < 1):  # pyright: ignore
-            raise PartitionError(f"threads={threads!r}: give at least 1, or None to share out the cores")
-        if link is not None:
-            check_link(link)
-        self.plan = plan
-        self._first = plan
-        self._lock = threading.Lock()
-        self._options = (backend, str(device), threads)
-        self._link = link
-        self._plans: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Plan] = OrderedDict()
-        self._plans[_key(plan.input_shapes)] = plan
-        self._runner: Runner | None = self._start(plan)
-        self.last_run: RunReport | None = None
-
-    def run(self, inputs: Arrays, progress: Progress | None = None) -> dict[str, Any]:
-        """Run once; inputs of another shape are planned for first.
-
-        Args:
-            inputs: numpy arrays or torch tensors (on any device) per input name.
-            progress: called with (steps done, steps in all, step's name).
-
-        Returns:
-            whole outputs per name, numpy or torch (on its device) as the first input is.
-
-        Raises:
-            PartitionError: for a missing or unknown input, a wrong shape or type.
-            ExecutionError: when a rank dies.
-        """
-        with self._lock:  # one run at a time, whichever threads ask for it
-            self._use(self._plan_for(inputs))
-            assert self._runner is not None
-            results = self._runner.run_arrays(inputs, progress)
-            self.last_run = self._runner.report
-        first = next(iter(inputs.values()))
-        if is_tensor(first):
-            return {name: tensor.to(first.device) for name, tensor in results.items()}
-        from runtime.feeds import to_numpy
-
-        return {name: to_numpy(tensor) for name, tensor in results.items()}
-
-    def close(self) -> None:
-        """End the processes and give back memory; harmless when repeated."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
-
-    def _start(self, plan: Plan) -> Runner:
-        from runtime.session import make_runner
-
-        backend, device, threads = self._options
-        return make_runner(plan.model, backend, device, threads, self._link)
-
-    def _plan_for(self, inputs: Arrays) -> Plan:
-        if self._runner is None:
-            raise PartitionError("this session is closed; open another with plan.session()")
-        check_inputs(self.plan.model, inputs)
-        shapes = {name: tuple(int(n) for n in array.shape) for name, array in inputs.items()}
-        key = _key(shapes)
-        if key not in self._plans:
-            is_first = key == _key(self._first.input_shapes)
-            self._plans[key] = self._first if is_first else self._first.with_shapes(shapes)
-        self._plans.move_to_end(key)
-        while len(self._plans) > KEPT_PLANS:
-            self._plans.popitem(last=False)
-        return self._plans[key]
-
-    def _use(self, plan: Plan) -> None:
-        if plan is self.plan:
-            return
-        assert self._runner is not None
-        self._runner = self._runner.switch(plan.model)
-        self.plan = plan
-
-
-def _key(shapes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
 
 
 def _shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:

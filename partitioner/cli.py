@@ -10,6 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from partitioner import __version__
+from partitioner.arguments import (
+    add_backend_options,
+    add_link_option,
+    add_model_options,
+    add_wrapping_options,
+    tolerance,
+)
 from partitioner.calibrating import calibrate_machine, threads
 from partitioner.console import (
     ProgressBar,
@@ -23,7 +30,7 @@ from partitioner.console import (
     write,
 )
 from partitioner.errors import AgreedError, AgreedFailure, ExecutionError, PartitionError
-from partitioner.forecasting import add_arguments, forecast_devices
+from partitioner.forecasting import add_forecast_options, forecast_devices
 from partitioner.running import load_named_operators, run_files
 from partitioner.signals import Ended, orderly_end
 
@@ -101,25 +108,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"partition {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plan = _command(commands, "plan", _with_operators(_plan), "show layouts, halos, memory and traffic of a partition")
-    _model_options(plan, "MODEL", "an ONNX model (or a plan)")
-    _transport_option(plan)
+    add_model_options(plan, "MODEL", "an ONNX model (or a plan)")
+    add_link_option(plan)
     plan.add_argument("--explain", metavar="NODE", action="append", default=[],
                       help="tell what was decided at a node, and what that takes in the other plans (with --devices; "
                            "repeat)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     report = _command(commands, "report", _with_operators(_report), "write a page that shows a partition (HTML)")
-    _model_options(report, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
-    _transport_option(report)
+    add_model_options(report, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
+    add_link_option(report)
     report.add_argument("-o", "--output", metavar="FILE.html", required=True, help="page to write")
     compile_ = _command(commands, "compile", _with_operators(_compile), "write a partition as an ONNX file")
-    _model_options(compile_, "MODEL", "an ONNX model (or a plan)")
+    add_model_options(compile_, "MODEL", "an ONNX model (or a plan)")
+    add_link_option(compile_)
     compile_.add_argument("-o", "--output", metavar="FILE", help="file to write (text goes to the screen without it)")
     compile_.add_argument("--emit", choices=("plan", "devices", "text"), default="plan",
                           help="plan: one node for all shards (default); devices: every device's own nodes, up to 64; "
                                "text: the printed form")
     compile_.add_argument("--dump-dir", metavar="DIR", help="write a numbered ONNX file after every pass")
     run = _command(commands, "run", run_files, "run a model or plan on files")
-    _model_options(run, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
+    add_model_options(run, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     run.add_argument("--input", metavar="[NAME=]FILE", action="append", required=True,
                      help="volume to read: .npy, .npz, .nii, .nii.gz, .h5, .zarr, .tif, or a folder of TIFF or DICOM "
                           "slices (repeat for several inputs; A,B,... for files that hold the channels of one); of a "
@@ -130,14 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true",
                      help="save the run every few minutes beside the output, and go on from there when it was stopped")
     run.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else the run is refused)")
-    _backend_options(run)
+    add_backend_options(run)
     verify = _command(commands, "verify", _with_operators(_verify),
                       "compare with onnxruntime on the unpartitioned model")
-    _model_options(verify, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
+    add_model_options(verify, "MODEL|PLAN", "an ONNX model, or a plan made by `partition compile`")
     verify.add_argument("--input", metavar="[NAME=]FILE", action="append", help="volume to use (random without it)")
     verify.add_argument("--tolerance", type=tolerance, metavar="X",
                         help="largest error relative to the output's largest value (1e-4 for float32)")
-    _backend_options(verify)
+    add_backend_options(verify)
     calibrate = _command(commands, "calibrate", calibrate_machine,
                          "measure this machine, so that times are forecast for it")
     calibrate.add_argument("-o", "--output", metavar="FILE",
@@ -149,87 +157,15 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.set_defaults(json=False)
     forecast = _command(commands, "forecast", _with_operators(forecast_devices),
                         "tell what a model will take on few and many devices")
-    add_arguments(forecast)
-    _wrapping_options(forecast)
+    add_forecast_options(forecast)
+    add_wrapping_options(forecast)
     return parser
-
-
-def tolerance(text: str) -> float:
-    """A number from 0; argparse names it after this function when it is none."""
-    found = float(text)
-    if not 0 <= found < math.inf:
-        raise ValueError(text)
-    return found
-
-
-def whole_number(text: str) -> int:
-    """A number from 1; argparse names it after this function when it is none."""
-    found = int(text)
-    if found < 1:
-        raise ValueError(text)
-    return found
-
-
-def _transport_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", metavar="LINK",
-                        help="how messages travel, for --devices: lockstep, gloo, shm, nccl, network (default: what "
-                             "suits the profile)")
 
 
 def _command(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:
     found = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     found.set_defaults(action=action, action_name=name, held=None)
     return found
-
-
-def _model_options(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
-    parser.add_argument("model", metavar=metavar, help=text)
-    parser.add_argument("--mesh", metavar="AXES", help="ranks per axis: depth=2,height=2, or 2x2x1 for the spatial "
-                                                       "axes in order; axes are batch, depth, height, width")
-    parser.add_argument("--shape", metavar="[NAME=]1x1xDxHxW", action="append", default=[],
-                        help="extents of an input (needed where the model leaves axes open)")
-    parser.add_argument("--cuts", metavar="AXIS=P,P,...", action="append", default=[],
-                        help="where shards begin along a mesh axis, e.g. depth=50 for shards 0-50 and 50-end")
-    parser.add_argument("--devices", metavar="N", type=whole_number,
-                        help="choose the mesh, the cuts and more for up to N devices; what --mesh, --cuts and --pin "
-                             "say stays")
-    parser.add_argument("--profile", metavar="NAME|FILE",
-                        help="what a device can do (see `partition calibrate`): a100, h100, h200, or a file")
-    parser.add_argument("--pin", metavar="NODE=replicated", action="append", default=[],
-                        help="let all ranks compute a node, or all along some mesh axes: NODE=depth,height (repeat)")
-    parser.add_argument("--memory", metavar="SIZE",
-                        help="what a process may hold, as 2GiB (with --devices, each of them); the plan is executed "
-                             "depth-first, slab by slab, where that needs less")
-    parser.add_argument("--host-memory", metavar="SIZE",
-                        help="of that, what may rest in memory between chains; the rest goes into temporary files")
-    parser.add_argument("--strict", action="store_true",
-                        help="refuse operators without a sharded rule (else they run replicated, as the plan shows)")
-    parser.add_argument("--operators", metavar="FILE.py|MODULE", action="append", default=[],
-                        help="import your own operator classes (see docs/operators.md)")
-    _wrapping_options(parser)
-
-
-def _wrapping_options(parser: argparse.ArgumentParser) -> None:
-    """What is put around the network; all of it becomes part of the graph."""
-    parser.add_argument("--preprocess", metavar="[NAME=]STEP", action="append", default=[],
-                        help="a step before the network, in the order given: window=-160:240, clip=LOW:HIGH, "
-                             "normalize=MEAN:DEVIATION, zscore, zscore=nonzero, dtype=int16, axes=zyx (repeat)")
-    parser.add_argument("--channels", metavar="[NAME=]COUNT", action="append", default=[],
-                        help="an input's channels come from COUNT files (run and verify see it from --input A,B,...)")
-    parser.add_argument("--tta", metavar="flips[=AXIS,...]", help="the mean over all flips of the volume")
-    parser.add_argument("--ensemble", metavar="MODEL", action="append", default=[],
-                        help="the mean with another model of the same inputs and outputs (repeat)")
-    parser.add_argument("--output-op", metavar="[NAME=]OP", action="append", default=[],
-                        help="an operation on an output: softmax, sigmoid, argmax, threshold=0.5 (repeat)")
-
-
-def _backend_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=("lockstep", "gloo", "nccl", "shm"),
-                        help="lockstep: all shards in this process (default); one process per rank: gloo, nccl, shm "
-                             "(shared memory of this host)")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE",
-                        help="cpu (default), cuda, or a list for the ranks in turn: cuda:0,cuda:1")
-    parser.add_argument("--json", action="store_true", help="print figures as JSON")
 
 
 def _plan(options: argparse.Namespace) -> int:

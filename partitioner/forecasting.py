@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from partitioner.arguments import add_link_option, add_operator_options, add_profile_option
 from partitioner.console import ProgressBar, print_json, say, show
 from partitioner.errors import PartitionError
 
@@ -14,7 +15,7 @@ MOST = 4096
 """Numbers that a list may have."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_forecast_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("model", metavar="MODEL", help="an ONNX model with open spatial axes")
     parser.add_argument("--devices", metavar="N,N,...", required=True,
@@ -25,13 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="extents of an input that no size gives: batch and channels where they are open")
     parser.add_argument("--memory", metavar="SIZE",
                         help="what each device has, as 40GiB; the largest cube that fits is told too")
-    parser.add_argument("--profile", metavar="NAME|FILE",
-                        help="what a device can do (see `partition calibrate`): a100, h100, h200, or a file")
-    parser.add_argument("--backend", metavar="LINK",
-                        help="how messages travel: lockstep, gloo, nccl, network (default: what suits the profile)")
-    parser.add_argument("--strict", action="store_true", help="refuse operators without a sharded rule")
-    parser.add_argument("--operators", metavar="FILE.py|MODULE", action="append", default=[],
-                        help="import your own operator classes (see docs/operators.md)")
+    add_profile_option(parser)
+    add_link_option(parser)
+    add_operator_options(parser)
     parser.add_argument("-o", "--output", metavar="FILE", action="append", default=[],
                         help="file to write: .csv, .json, or .png with curves (repeat)")
     parser.add_argument("--json", action="store_true", help="print the forecast as JSON")

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from partitioner.api import Backend, Session, partition
+from partitioner.api import Backend, partition
 from partitioner.budget import Budget
 from partitioner.errors import PartitionError
 from partitioner.exporter import Rebuild, export_call
 from partitioner.guards import MeshLike
+from partitioner.sessions import Session
 
 Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.api import KEPT_PLANS, Backend, Plan, Progress
+from partitioner.api import Backend, Plan, Progress
 from partitioner.axes import axis_extents, named_axes
 from partitioner.compiler import Steering
 from partitioner.compose import Wrapping, compose, equal_counts, input_channel_axis, part_names
@@ -35,6 +35,7 @@ from partitioner.files import (
 from partitioner.loader import load_file
 from partitioner.mesh import AXIS_NAMES, Mesh
 from partitioner.planning import Devices, Request, devices_of, pinned_axes
+from partitioner.sessions import KEPT_PLANS
 from partitioner.shapes import spatial_rank
 
 if TYPE_CHECKING:
@@ -173,8 +174,12 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
     request = Request(options.mesh, shapes, cuts, options.strict, None, Steering(pinned_axes(_pins(options))))
     if options.devices is not None:
         return Plan.search(model, request, _devices(options), folder, progress)
-    if options.profile is not None:
-        raise PartitionError("--profile is for choosing a mesh; give --devices too, as --devices 8")
+    tells = {"profile": options.profile}
+    if options.action_name in ("plan", "report", "compile") and options.memory is None:
+        tells["backend"] = options.backend  # with a memory it says that every rank has a process of its own
+    word = next((word for word, given in tells.items() if given is not None), None)
+    if word is not None:
+        raise PartitionError(f"--{word} is for choosing a mesh; give --devices too, as --devices 8")
     return Plan.compile(model, replace(request, budget=_budget(options)), folder)
 
 

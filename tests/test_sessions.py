@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import partitioner as pt
-from partitioner.api import KEPT_PLANS
+from partitioner.sessions import KEPT_PLANS
 from runtime import launcher
 from runtime.session import LockstepRunner, PoolRunner
 from tests.command import (
