@@ -88,6 +88,11 @@ class Budget:
         resting = None if host_memory is None else parse_bytes(host_memory, "host_memory")
         return cls(parse_bytes(memory), resting, arrays, together, held)
 
+    @classmethod
+    def unlimited(cls, profile: Profile) -> Self:
+        """Of a process that may hold anything."""
+        return cls(1 << 62, profile=profile)
+
     def shards(self, model: ir.Model) -> int:
         """Ranks that are in the process at once."""
         schedule = dialect.get_schedule(model)

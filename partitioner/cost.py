@@ -117,7 +117,9 @@ _REMEMBERED = 1 << 16
 
 @lru_cache(64)
 def _cells(layout: Layout, mesh: Mesh) -> IntArray:
-    return _count_cells(layout, mesh)
+    found = _count_cells(layout, mesh)
+    found.flags.writeable = False
+    return found
 
 
 def _count_cells(layout: Layout, mesh: Mesh) -> IntArray:
@@ -125,11 +127,11 @@ def _count_cells(layout: Layout, mesh: Mesh) -> IntArray:
     for axis, n in enumerate(layout.shape):
         split = layout.axes[axis]
         if split is None:
-            total = total * n
+            total *= n
             continue
         counts = np.array(split.extents, dtype=np.int64)
         shape = [len(counts) if name == split.mesh_axis else 1 for name in mesh.names]
-        total = total * counts.reshape(shape)
+        total *= counts.reshape(shape)
     return total
 
 

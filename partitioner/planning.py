@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.compiler import DepthFirst, Shapes, Steering, compile_plan, prepare
 from partitioner.cost import plan_cost
@@ -19,18 +18,13 @@ from partitioner.layout import Cuts
 from partitioner.loader import fault_of
 from partitioner.mesh import AXIS_NAMES, LARGEST
 from partitioner.profile import Profile
+from partitioner.rolling import SMALL
 from partitioner.shapes import with_nearest_shapes
 
 if TYPE_CHECKING:
     from partitioner.budget import Budget
     from partitioner.planner.choice import Choice
     from partitioner.planner.search import Progress
-
-SMALL = 64 * 2**20
-"""Bytes of activations below which a plan takes whole-shard steps when nobody says otherwise."""
-
-LARGEST_MEMORY = 1 << 62
-"""Bytes that no process will have."""
 
 GPUS_OF_A_NODE = 8
 """More ranks than these reach one another over the network."""
@@ -117,7 +111,7 @@ def compile_request(source: ir.Model, request: Request, dump_dir: Path | None = 
             return _fastest(lay_out, free)
         from partitioner.schedules import fit
 
-        return fit(lay_out, free, request.budget)
+        return fit(lay_out, free, request.budget).model
 
 
 def _fastest(lay_out: Callable[[DepthFirst | None], ir.Model], free: Sequence[str]) -> ir.Model:
@@ -133,14 +127,14 @@ def _fastest(lay_out: Callable[[DepthFirst | None], ir.Model], free: Sequence[st
     from partitioner.budget import Budget
     from partitioner.schedules import fastest
 
-    return fastest(lay_out, whole, free, Budget(LARGEST_MEMORY, profile=profile))
+    return fastest(lay_out, whole, free, Budget.unlimited(profile)).model
 
 
 def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: Path | None = None,
                 progress: Progress | None = None) -> tuple[ir.Model, Request, Choice]:
     """The plan that the planner chooses, as what request it can be compiled again, and the choice.
 
-    What the request decides (mesh, cuts, pinned nodes) stays as it is.
+    What the request decides (mesh, cuts, pinned nodes, overlaps) stays as it is.
 
     Raises:
         PartitionError: when no mesh of so many devices does, or as `compile_request`.
@@ -157,7 +151,7 @@ def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: 
     transport = devices.transport or usual_transport(profile, devices.count)
     profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know
     goal = Goal(devices.count, profile, transport, None, devices.memory, held_on(profile), given, request.cuts,
-                request.steering.pinned, devices.steers, devices.all_of_them)
+                request.steering, devices.steers, devices.all_of_them)
     with Faults(source), with_nearest_shapes(source, request.shapes):
         prepared = prepare(source, request.shapes, request.strict)
 
@@ -167,12 +161,10 @@ def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: 
         choice = Search(goal, laid_out_everywhere(prepared.model), lay_out, progress).choose()
         form = choice.chosen.form
         if dump_dir is not None:
-            schedule = dialect.get_schedule(choice.chosen.model)
-            compile_plan(source, form.mesh, request.shapes, form.cuts, dump_dir, request.strict,
-                         order=None if schedule is None else DepthFirst(schedule.axis), steering=form.steering)
-    budget = request.budget if dialect.get_schedule(choice.chosen.model) is not None else None
+            compile_plan(source, form.mesh, request.shapes, form.cuts, dump_dir, request.strict, order=form.order,
+                         steering=form.steering)
     return choice.chosen.model, replace(request, mesh=form.mesh, cuts=form.cuts, steering=form.steering,
-                                        budget=budget), choice
+                                        budget=goal.budget(form.mesh)), choice
 
 
 def usual_transport(profile: Profile, devices: int) -> str:

@@ -27,6 +27,9 @@ from partitioner.geometry import Interval, hull
 from partitioner.maps import AxisMap, identity
 from partitioner.ops.nodes import needs_of, reduction_splits
 
+SMALL = 64 << 20
+"""Bytes of activations below which nobody goes slab by slab who is not told to."""
+
 Item = ir.Node | ir.Value
 """What takes a turn: a node, or an input of the model that is read."""
 

@@ -46,11 +46,13 @@ class Candidate:
     """A plan with one schedule, and what it will take.
 
     Args:
+        order: how it was laid out; None for whole-shard steps.
         needed: bytes that the process will hold.
         is_exact: whether all strips were followed, not one for all: then a process needs no less, perhaps more.
     """
 
     model: ir.Model
+    order: DepthFirst | None
     schedule: dialect.Schedule | None
     files: tuple[str, ...]
     memory: Memory
@@ -62,7 +64,7 @@ LayOut = Callable[[DepthFirst | None], ir.Model]
 """Compiles the plan: in whole-shard steps, or depth first."""
 
 
-def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1) -> ir.Model:
+def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1) -> Candidate:
     """The fastest plan that keeps to a budget.
 
     Slabs along one axis are tried first; where they do not suffice, and one process holds all, strips across them.
@@ -89,7 +91,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
     assert smallest is not None
     if not smallest.is_exact:
         _mark(smallest.model, smallest.schedule, ())
-        smallest = room.candidate(smallest.model, smallest.schedule, programs_of(smallest.model), smallest.files)
+        smallest = room.candidate(smallest.model, smallest.order, programs_of(smallest.model), smallest.files)
     activations = smallest.memory.peak * budget.shards(smallest.model)
     needed = smallest.needed + max(0, budget.taken(smallest.model) - room.taken)  # the search itself leaves something
     raise BudgetError(
@@ -100,7 +102,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
            else ", or a process per rank (backend gloo)"), needed)
 
 
-def fastest(lay_out: LayOut, whole: ir.Model, axes: Sequence[str], budget: Budget) -> ir.Model:
+def fastest(lay_out: LayOut, whole: ir.Model, axes: Sequence[str], budget: Budget) -> Candidate:
     """The plan with the best schedule when memory is not limited: the one that holds least of those that are as fast.
 
     Args:
@@ -110,17 +112,18 @@ def fastest(lay_out: LayOut, whole: ir.Model, axes: Sequence[str], budget: Budge
     """
     room = _Room(budget, budget.taken(whole), budget.shards(whole))
     at_once = room.candidate(whole, None, [localise(whole, largest_rank(whole))])
-    model = lay_out(DepthFirst(axes[0]))
-    slabs = [room.candidate(model, schedule, [localise(model, largest_rank(model))])
-             for schedule in _thinner(model, axes[0], THINNEST_SLAB)]
+    order = DepthFirst(axes[0])
+    model = lay_out(order)
+    slabs = [room.candidate(model, order, [localise(model, largest_rank(model))])
+             for _ in _thinner(model, order.axis, THINNEST_SLAB)]
     timed = [(room.seconds(candidate), candidate) for candidate in (at_once, *slabs)]
     limit = AS_FAST * min(seconds for seconds, _ in timed)
     return _chosen(min((c for seconds, c in timed if seconds <= limit), key=lambda c: c.needed))
 
 
-def _chosen(candidate: Candidate) -> ir.Model:
+def _chosen(candidate: Candidate) -> Candidate:
     _mark(candidate.model, candidate.schedule, candidate.files)
-    return candidate.model
+    return candidate
 
 
 def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model,
@@ -131,7 +134,7 @@ def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model,
         whole: the plan in whole-shard steps.
     """
     at_once = room.candidate(whole, None, [localise(whole, largest_rank(whole))])
-    along = (_candidates(lay_out(DepthFirst(axis)), axis, room, thinnest) for axis in axes)
+    along = (_candidates(lay_out(order), order, room, thinnest) for order in map(DepthFirst, axes))
     yield itertools.chain([at_once], next(along, ()))
     yield from along  # slabs along later axes are not dense in storage
     if not room.budget.together or dialect.get_mesh(whole).size > 1:
@@ -177,8 +180,8 @@ def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int],
         if names in seen:
             continue
         seen.add(names)
-        model = lay_out(DepthFirst(axis, strips, names))
-        found += _candidates(model, axis, room)
+        order = DepthFirst(axis, strips, names)
+        found += _candidates(lay_out(order), order, room)
         if not any(c.is_exact for c in found):  # the more seldom strips meet, the more each of them holds
             break
     return found
@@ -204,11 +207,11 @@ class _Room:
         """Whether the budget is kept."""
         return self.needed(memory) <= self.budget.total and not self.crowded(memory)
 
-    def candidate(self, model: ir.Model, schedule: dialect.Schedule | None, programs: Sequence[Program],
+    def candidate(self, model: ir.Model, order: DepthFirst | None, programs: Sequence[Program],
                   files: tuple[str, ...] = ()) -> Candidate:
-        """A plan with what it will take."""
+        """A plan, with the schedule that it has now, and what it will take."""
         memory = forecast(programs, frozenset(files))
-        return Candidate(model, schedule, files, memory, self.needed(memory))
+        return Candidate(model, order, dialect.get_schedule(model), files, memory, self.needed(memory))
 
     @cached_property
     def profile(self) -> Profile:
@@ -222,7 +225,7 @@ class _Room:
     def seconds(self, candidate: Candidate) -> float:
         """Forecast time, with what goes to files and comes from there."""
         filed = candidate.memory.filed * (1 / self.profile.write + 1 / self.profile.read)
-        return self.time(_chosen(candidate)).seconds + filed
+        return self.time(_chosen(candidate).model).seconds + filed
 
 
 def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Schedule]:
@@ -239,21 +242,21 @@ def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Sch
         thickness //= 2
 
 
-def _candidates(model: ir.Model, axis: str, room: _Room, thinnest: int = 1) -> Iterator[Candidate]:
+def _candidates(model: ir.Model, order: DepthFirst, room: _Room, thinnest: int = 1) -> Iterator[Candidate]:
     """Thick slabs first, down to where thinner ones need no less or only add steps."""
     least = math.inf
-    for schedule in _thinner(model, axis, thinnest):
+    for schedule in _thinner(model, order.axis, thinnest):
         one = localise(model, largest_rank(model))
-        frugal = room.candidate(model, schedule, [one], _resting(one))
+        frugal = room.candidate(model, order, [one], _resting(one))
         fits = room.fits(frugal.memory)
         if not schedule.strips:
-            found = room.candidate(model, schedule, [one])
+            found = room.candidate(model, order, [one])
             yield found if room.fits(found.memory) else _with_files(found, [one], room) if fits else frugal
             if room.fits(found.memory):
                 return
         elif fits:
             programs = programs_of(model)
-            found = _with_files(room.candidate(model, schedule, programs), programs, room)
+            found = _with_files(room.candidate(model, order, programs), programs, room)
             yield found
             if not found.files and room.fits(found.memory):
                 return
@@ -275,7 +278,7 @@ def _with_files(found: Candidate, programs: Sequence[Program], room: _Room) -> C
                 if n not in found.files]
         if not over:
             break
-        found = room.candidate(found.model, found.schedule, programs, (*found.files, over[0]))
+        found = room.candidate(found.model, found.order, programs, (*found.files, over[0]))
     return found
 
 

@@ -103,6 +103,13 @@ class PlanTime:
         return sum(figures, start=np.zeros(self.mesh.shape))
 
 
+def threads_of_rank(profile: Profile, transport: str, ranks: int, threads: int | None = None) -> int | None:
+    """CPU threads of a process, given or shared out among the ranks; None for the most that the profile knows."""
+    if threads is not None or transport not in SHARED_CORES:
+        return threads
+    return max(1, profile.for_threads().threads // ranks)
+
+
 @kept_for_later()
 def plan_time(model: ir.Model, cost: PlanCost, profile: Profile, transport: str = LOCKSTEP,
               threads: int | None = None, link: Link | None = None) -> PlanTime:
@@ -111,7 +118,7 @@ def plan_time(model: ir.Model, cost: PlanCost, profile: Profile, transport: str 
     Args:
         cost: see `partitioner.cost.plan_cost`.
         transport: `lockstep`, `gloo`, or another one that the profile knows.
-        threads: of a process (None: the most that the profile knows, with gloo shared out among the ranks).
+        threads: of a process (None: the most that the profile knows; see `threads_of_rank`).
         link: a slower network, as `Session` emulates it: the messages of a step come no earlier than it brings them.
 
     Raises:
@@ -136,9 +143,7 @@ class _Clock:
                  link: Link | None) -> None:
         profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know before anything is computed
         self.model, self.mesh, self.profile, self.transport, self.link = model, mesh, profile, transport, link
-        if threads is None and transport in SHARED_CORES:
-            threads = max(1, profile.for_threads().threads // mesh.size)
-        self.kernels: Kernels = profile.for_threads(threads)
+        self.kernels: Kernels = profile.for_threads(threads_of_rank(profile, transport, mesh.size, threads))
         self.lifetimes: Lifetimes = find_lifetimes(model)
         self.turns = count_turns(model)
         self.rests: dict[ir.Value, Rest] = find_rests(model)

@@ -304,7 +304,8 @@ def test_memory_leads_to_slabs_or_to_a_refusal_with_the_least(monkeypatch: pytes
     plan = pt.partition(proto, memory=plenty.needed // 3, **asked)
     assert get_schedule(plan.model) is not None and "slab by slab" in chosen(plan).note
     assert chosen(plan).needed <= plenty.needed // 3
-    with pytest.raises(pt.PartitionError, match=r"mesh depth=2 does not keep to 1024 bytes each: needs [\d.]+ \w+"):
+    told = r"memory 1024 bytes for each of 2 devices is too little: depth=2 needs [\d.]+ \w+"
+    with pytest.raises(pt.PartitionError, match=told):
         pt.partition(proto, memory="1KiB", mesh="depth=2", **asked)
 
 
@@ -328,7 +329,7 @@ def test_few_plans_are_laid_out_however_many_meshes_there_are(devices: int, coun
 def test_a_memory_that_nothing_keeps_to_is_told_after_few_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("partitioner.planning.held_on", lambda profile: 0)
     looked: list[str] = []
-    told = r"none of the \d+ meshes of up to 64 devices keeps to 16 bytes.* needs [\d.]+ \w+"
+    told = r"memory 16 bytes for each of 64 devices is too little: .* needs [\d.]+ \w+"
     with pytest.raises(pt.PartitionError, match=told):
         Plan.search(load_model(chain((1, 2, 8, 8, 4), 1)), Request(), Devices(64, GPU, "nccl", 16),
                     progress=lambda *told: looked.append(told[2]))

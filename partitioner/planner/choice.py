@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.budget import Budget
 from partitioner.compiler import DepthFirst, Steering
 from partitioner.cost import PlanCost
 from partitioner.layout import Cuts
@@ -29,7 +30,7 @@ class Goal:
         held: bytes of that which the process and its libraries hold.
         mesh: decided by the user.
         cuts: decided by the user, by mesh axis.
-        pinned: decided by the user; see `partitioner.compiler.Steering`.
+        steering: decided by the user.
         steers: whether cuts, replicated layers and deeper halos are looked for too, not the mesh alone.
         all_of_them: whether every device has to be used.
         most: meshes that are laid out, at most.
@@ -44,11 +45,17 @@ class Goal:
     held: int = 0
     mesh: Mesh | None = None
     cuts: Mapping[str, Cuts] = field(default_factory=dict[str, Cuts])
-    pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    steering: Steering = field(default_factory=Steering)
     steers: bool = True
     all_of_them: bool = False
     most: int = 12
     slabs: bool = True
+
+    def budget(self, mesh: Mesh) -> Budget | None:
+        """What a process may hold that has one rank of a mesh, if memory is limited."""
+        if self.memory is None:
+            return None
+        return Budget(self.memory, None, False, mesh.size == 1, self.held, self.profile, self.transport)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def aligned_cuts(mesh: Mesh, extents: Mapping[str, int], strides: Mapping[str, i
 
 
 def balanced_cuts(time: PlanTime, cuts: Mapping[str, Cuts], strides: Mapping[str, int]) -> dict[str, Cuts]:
-    """Cuts moved so that shards which compute longer than others become smaller.
+    """Cuts between which all shards compute as long, if every shard's time is spread evenly over its cells.
 
     Args:
         time: forecast with these cuts.
@@ -63,9 +63,8 @@ def balanced_cuts(time: PlanTime, cuts: Mapping[str, Cuts], strides: Mapping[str
             continue
         others = tuple(a for a in range(len(mesh.shape)) if a != axis)
         seconds = compute.max(axis=others) if others else compute
-        extents = np.diff(cuts[name])
-        wished = extents * np.where(seconds > 0, seconds.mean() / np.maximum(seconds, 1e-12), 1.0)
-        inner = np.cumsum(wished)[:-1] * (cuts[name][-1] / wished.sum())
+        passed = np.concatenate([[0.0], np.cumsum(seconds)])
+        inner = np.interp(passed[-1] * np.arange(1, count) / count, passed, cuts[name])
         step = strides.get(name, 1) if cuts[name][-1] >= 4 * count * strides.get(name, 1) else 1
         moved = _ascending([step * round(float(cut) / step) for cut in inner], step, cuts[name][-1])
         if moved is not None and moved != tuple(cuts[name]):

@@ -31,7 +31,7 @@ from partitioner.maps import AxisMap
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
 from partitioner.profile import Kernels, Profile
-from partitioner.timing import LOCKSTEP, MERGE_CALLS, SHARED_CORES
+from partitioner.timing import LOCKSTEP, MERGE_CALLS, threads_of_rank
 
 _PARTIAL = 8
 """Bytes of a partial result, at least."""
@@ -143,11 +143,11 @@ class Estimates:
     @cached_property
     def _threads(self) -> list[tuple[int | None, NDArray[np.intp]]]:
         """Threads of a process, and the meshes on which it has them."""
-        if self.threads is not None or self.transport not in SHARED_CORES:
-            return [(self.threads, np.arange(len(self.meshes)))]
-        cores = self.profile.for_threads().threads
-        each = np.maximum(1, cores // self._sizes.astype(int))
-        return [(int(n), np.flatnonzero(each == n)) for n in np.unique(each)]
+        places: dict[int | None, list[int]] = {}
+        for place, mesh in enumerate(self.meshes):
+            threads = threads_of_rank(self.profile, self.transport, mesh.size, self.threads)
+            places.setdefault(threads, []).append(place)
+        return [(threads, np.array(found, np.intp)) for threads, found in places.items()]
 
     def _exchange(self, value: ir.Value) -> FloatArray:
         """The halo exchange of a value, and gathers of it: once for all its readers.

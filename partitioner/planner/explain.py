@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import onnx_ir as ir
 from rich.console import Group
@@ -52,6 +53,12 @@ def rows_of(choice: Choice) -> list[Row]:
 def _row(way: Way, chosen: bool) -> Row:
     return Row(str(way.form.mesh), way.seconds, way.peak, way.needed, int(way.cost.sent.sum()),
                int(way.cost.messages.sum()), chosen, way.note)
+
+
+def choice_dict(choice: Choice) -> dict[str, Any]:
+    """The rows and the reasons as plain data for programs."""
+    return {"devices": choice.goal.devices, "profile": choice.goal.profile.name, "transport": choice.goal.transport,
+            "ways": [asdict(row) for row in rows_of(choice)], "why": why(choice)}
 
 
 def alternatives_of(choice: Choice) -> list[Alternative]:

@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.budget import Budget, memory_text, with_slab_peaks
-from partitioner.compiler import DepthFirst, Steering
+from partitioner.budget import Budget, memory_text
+from partitioner.compiler import DepthFirst
 from partitioner.cost import PlanCost, plan_cost
+from partitioner.curves import FloatArray
 from partitioner.errors import BudgetError, PartitionError
 from partitioner.interior import can_overlap
 from partitioner.layout import Cuts, even_cuts
@@ -27,9 +28,10 @@ from partitioner.planner.estimate import Estimates
 from partitioner.planner.explain import mesh_text, seconds_text
 from partitioner.planner.meshes import meshes_of
 from partitioner.planner.replicate import Stretches, seconds_by_node, subsets
-from partitioner.schedules import THINNEST_SLAB, fit
+from partitioner.rolling import SMALL
+from partitioner.schedules import THINNEST_SLAB, Candidate, fastest, fit
 from partitioner.strips import CutPoints, Prices
-from partitioner.timing import SHARED_CORES, plan_time
+from partitioner.timing import PlanTime, plan_time, threads_of_rank
 from passes.assign_shards import AssignShards
 
 LayOut = Callable[[Form], ir.Model]
@@ -74,11 +76,13 @@ class Search:
         meshes = self._meshes(extents)
         found = self._best_meshes(meshes)
         if not found:
-            raise PartitionError(self._refusal(meshes))
-        if self.goal.steers:
-            steered = [self._steered(way) for way in found[:STEERED]]
-            found = sorted([*(w for some in steered for w in some), *found[STEERED:]], key=lambda way: way.seconds)
-        return Choice(self.goal, found[0], tuple(found[1:]), tuple(self.rejected), len(meshes))
+            raise PartitionError(self._refusal())
+        steered = [self._steered(way) for way in found[:STEERED]] if self.goal.steers else []
+        best = [*(ways[0] for ways in steered), *found[len(steered) :]]
+        chosen = min(best, key=lambda way: way.seconds)
+        others = [way for way in (*best, *(w for ways in steered for w in ways[1:])) if way is not chosen]
+        return Choice(self.goal, chosen, tuple(sorted(others, key=lambda way: way.seconds)), tuple(self.rejected),
+                      len(meshes))
 
     # --- meshes -------------------------------------------------------------------------------
 
@@ -109,7 +113,7 @@ class Search:
                 self.rejected.append(Rejected(mesh, "estimated to hold more than meshes that do not fit"))
                 continue
             self._tell(f"mesh {mesh}")
-            way = self.way(Form(mesh, self._cuts_for(mesh), Steering(goal.pinned)))
+            way = self.way(Form(mesh, self._cuts_for(mesh), goal.steering))
             if way is not None:
                 found = sorted([*found, way], key=lambda w: w.seconds)
         return found
@@ -142,36 +146,67 @@ class Search:
     # --- one way ------------------------------------------------------------------------------
 
     def way(self, form: Form, what: str = "") -> Way | None:
-        """A way in whole-shard steps, or slab by slab where the memory asks for it; None where neither does."""
+        """A way in whole-shard steps, or slab by slab where that suits memory or time; None where neither does."""
         try:
-            found = self._laid_out(form, self.lay_out(form), what)
-            memory = self.goal.memory
-            if memory is None or found.needed <= memory:
+            found = self._laid_out(form, what)
+            if self._fits(found) and form.mesh.size > 1:
                 return found
+            if self._fits(found):
+                return self._fastest(found)
             if not self.goal.slabs:
                 raise PartitionError(f"takes {memory_text(found.needed)} in whole shards")
-            return self._laid_out(form, self._slabs(form, memory), what)
+            return self._fitted(found)
         except PartitionError as error:
             needed = error.needed if isinstance(error, BudgetError) else None
             reason = str(error).splitlines()[0] if needed is None else f"needs {memory_text(needed)} per device"
             self.rejected.append(Rejected(form.mesh, reason, needed))
             return None
 
-    def _slabs(self, form: Form, memory: int) -> ir.Model:
-        def lay_out(order: DepthFirst | None) -> ir.Model:
-            return self.lay_out(replace(form, order=order))
+    def _fits(self, way: Way) -> bool:
+        return self.goal.memory is None or way.needed <= self.goal.memory
 
+    def _laid_out(self, form: Form, what: str) -> Way:
+        """In whole-shard steps."""
+        model = self.lay_out(form)
+        cost = plan_cost(model)
+        needed = int(cost.peak.max(initial=0)) + cost.weight_bytes + self.goal.held
+        return Way(form, model, cost, self._time(model, cost), needed, what)
+
+    def _time(self, model: ir.Model, cost: PlanCost) -> PlanTime:
+        return plan_time(model, cost, self.goal.profile, self.goal.transport, self.goal.threads)
+
+    def _free(self, form: Form) -> list[str]:
+        """Axes that no rank splits; slabs along the first one lie most dense."""
         names = extents_of(self.seeds)
-        free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if n in names and form.mesh.count(n) == 1]
-        together = form.mesh.size == 1
-        budget = Budget(memory, None, False, together, self.goal.held, self.goal.profile, self.goal.transport)
-        return fit(lay_out, free if together else free[:1], budget, THINNEST_SLAB)
+        return [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if n in names and form.mesh.count(n) == 1]
 
-    def _laid_out(self, form: Form, model: ir.Model, what: str) -> Way:
-        goal = self.goal
-        cost = with_slab_peaks(model, plan_cost(model))
-        time = plan_time(model, cost, goal.profile, goal.transport, goal.threads)
-        return Way(form, model, cost, time, _needed(cost, goal), what)
+    def _fastest(self, way: Way) -> Way:
+        """One device's way slab by slab, where that takes no longer."""
+        goal, free = self.goal, self._free(way.form)
+        if not goal.slabs or goal.profile.device != "cpu" or not free or way.peak < SMALL:
+            return way
+        budget = goal.budget(way.form.mesh) or Budget.unlimited(goal.profile)
+        return self._slabs(way, fastest(self._ordered(way.form), way.model, free, budget))
+
+    def _fitted(self, way: Way) -> Way:
+        """The way slab by slab, so that it keeps to the memory."""
+        budget, free = self.goal.budget(way.form.mesh), self._free(way.form)
+        assert budget is not None
+        return self._slabs(way, fit(self._ordered(way.form), free if budget.together else free[:1], budget,
+                                    THINNEST_SLAB))
+
+    def _ordered(self, form: Form) -> Callable[[DepthFirst | None], ir.Model]:
+        return lambda order: self.lay_out(replace(form, order=order))
+
+    def _slabs(self, way: Way, found: Candidate) -> Way:
+        """The way as its schedule has it; what one rank was found to hold stands for all."""
+        if found.schedule is None:
+            return way
+        mesh, peak = way.form.mesh, found.memory.peak
+        cost = replace(plan_cost(found.model), slab_peak=np.full(mesh.shape, peak, np.int64),
+                       slab_peak_together=peak * mesh.size)
+        return Way(replace(way.form, order=found.order), found.model, cost, self._time(found.model, cost),
+                   found.needed, way.what)
 
     # --- steering -----------------------------------------------------------------------------
 
@@ -184,17 +219,23 @@ class Search:
             if best.form.mesh.size == 1 or dialect.get_schedule(best.model) is not None:
                 break
             for other in change(best):
-                better = other.seconds < GAIN * best.seconds and (
-                    self.goal.memory is None or other.needed <= self.goal.memory)
-                found = [other, *found] if better and other.seconds < found[0].seconds else [*found, other]
+                gains = other.seconds < min(GAIN * best.seconds, found[0].seconds)
+                found = [other, *found] if gains else [*found, other]
         return found
 
     def _changed(self, way: Way, form: Form, what: str) -> Iterator[Way]:
+        """A way with one change more, if it can be laid out and keeps to the memory."""
         self._tell(f"mesh {form.mesh}, {what}")
         try:
-            yield self._laid_out(form, self.lay_out(form), "; ".join(filter(None, (way.what, what))))
+            found = self._laid_out(form, "; ".join(filter(None, (way.what, what))))
         except PartitionError as error:
             self.rejected.append(Rejected(form.mesh, f"{what}: {str(error).splitlines()[0]}"))
+            return
+        if self._fits(found):
+            yield found
+        else:
+            self.rejected.append(Rejected(form.mesh, f"{what}: needs {memory_text(found.needed)} per device",
+                                          found.needed))
 
     def _with_other_cuts(self, way: Way) -> Iterator[Way]:
         extents, strides = extents_of(self.seeds), strides_of(self.seeds)
@@ -211,9 +252,8 @@ class Search:
     def _with_replicated_layers(self, way: Way) -> Iterator[Way]:
         mesh, goal = way.form.mesh, self.goal
         nodes = list(self.seeds.graph)
-        threads = goal.threads if goal.threads is not None or goal.transport not in SHARED_CORES else max(
-            1, goal.profile.for_threads().threads // mesh.size)
-        replicated = {}
+        threads = threads_of_rank(goal.profile, goal.transport, mesh.size, goal.threads)
+        replicated: dict[tuple[str, ...], FloatArray] = {}
         for axes in subsets(mesh):
             rest = Mesh(tuple((name, count) for name, count in mesh.axes if name not in axes))
             cuts = {name: c for name, c in way.form.cuts.items() if name not in axes}
@@ -223,8 +263,8 @@ class Search:
             replicated[axes] = seconds_by_node(time, nodes)
         layouts = {str(v.name): dialect.get_layout(v) for n in way.model.graph for v in n.outputs}
         pinned = Stretches(nodes, mesh, layouts, seconds_by_node(way.time, nodes), replicated, self._sent).choose()
-        pinned = {**pinned, **goal.pinned}
-        if pinned != goal.pinned:
+        pinned = {**pinned, **goal.steering.pinned}
+        if pinned != goal.steering.pinned:
             steering = replace(way.form.steering, pinned=pinned)
             yield from self._changed(way, replace(way.form, steering=steering),
                                      f"{len(pinned)} small layers on all ranks")
@@ -252,7 +292,10 @@ class Search:
                                          f"{len(values)} values with deeper halos")
 
     def _with_interiors_first(self, way: Way) -> Iterator[Way]:
-        """Where the messages of an exchange take longer than the more calls that its reader's interior costs."""
+        """Where the messages of an exchange take longer than the more calls that its reader's interior costs; unless
+        the user has said which."""
+        if self.goal.steering.overlapped != frozenset():
+            return
         steering = replace(way.form.steering, overlapped=None)
         for every in self._changed(way, replace(way.form, steering=steering), "all interiors first"):
             nodes = list(self.seeds.graph)
@@ -268,15 +311,15 @@ class Search:
 
     # --- refusal ------------------------------------------------------------------------------
 
-    def _refusal(self, meshes: Sequence[Mesh]) -> str:
+    def _refusal(self) -> str:
+        """Why nothing does, by the meshes that need least."""
         goal = self.goal
         least = sorted(self.rejected, key=lambda item: math.inf if item.needed is None else item.needed)
-        limit = "" if goal.memory is None else f" keeps to {memory_text(goal.memory)} each"
-        if len(meshes) == 1:
-            return f"mesh {meshes[0]}{limit and ' does not keep' + limit[6:]}: {least[0].reason}"
         told = "; ".join(f"{mesh_text(item.mesh)} {item.reason}" for item in least[:3])
-        return (f"none of the {len(meshes)} meshes of up to {goal.devices} devices{limit or ' does'}: {told}; "
-                "give more devices or more memory")
+        if goal.memory is None:
+            return f"on {goal.devices} devices nothing can be laid out: {told}"
+        return (f"memory {memory_text(goal.memory)} for each of {goal.devices} devices is too little: {told}; give "
+                "more memory, or more devices")
 
 
 def laid_out_everywhere(model: ir.Model) -> ir.Model:
@@ -290,7 +333,3 @@ def fixed_bytes(seeds: ir.Model, goal: Goal) -> int:
     """Bytes that a device holds whatever the mesh: weights and the process."""
     weights = sum(v.const_value.nbytes for v in seeds.graph.initializers.values() if v.const_value is not None)
     return weights + goal.held
-
-
-def _needed(cost: PlanCost, goal: Goal) -> int:
-    return int(cost.peak.max(initial=0)) + cost.weight_bytes + goal.held
