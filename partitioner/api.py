@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.axes import named_axes
-from partitioner.compiler import Purpose, Steering, compile_plan, plain_model
+from partitioner.compiler import Purpose, Steering, plain_model, prepare
 from partitioner.compose import Around, Wrapping, compose
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.errors import PartitionError, refuse_all
@@ -57,7 +57,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
     cuts: Mapping[str, Sequence[int]] | None = None,
     dump_dir: str | Path | None = None,
     strict: bool = False,
-    train: bool = False,
+    train: bool | str = False,
     memory: str | int | None = None,
     host_memory: str | int | None = None,
     devices: int | None = None,
@@ -77,7 +77,9 @@ def partition(  # noqa: PLR0913 (the words of the command)
         cuts: where shards begin, by mesh axis: `{"depth": (0, 50, 121)}`; even shards otherwise.
         dump_dir: folder for a numbered ONNX file after every pass.
         strict: refuse operators without a sharded rule, which otherwise run replicated on gathered inputs.
-        train: export a torch module so that `Plan.module` can train it: batch norms and dropouts stay.
+        train: export a torch module so that `Plan.module` can train it: batch norms and dropouts stay.  With `devices`
+            the plan is chosen for training steps: their time and memory, with the state of an optimiser: `"adam"`
+            (also for True), `"momentum"`, `"sgd"` or `"none"`.
         memory: what the process may hold, as `"2GiB"` or in bytes: anonymous memory, with the program itself, weights
             and whole inputs and outputs.  The plan is executed depth-first where that needs less.
             With `devices` it is what each of them has.
@@ -95,8 +97,12 @@ def partition(  # noqa: PLR0913 (the words of the command)
     Raises:
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
-    source, found = source_of(model, example, train)
-    wrapping = Wrapping.of(around, lambda other: source_of(other, example if _is_module(other) else None, train)[0])
+    trains = train is not False
+    if trains and devices is None and example is None and not _is_module(model):
+        raise PartitionError("train=True exports a torch module with an example input, or chooses a mesh for training "
+                             "with devices; a model in a file trains as it is: pt.partition(model, ...).module()")
+    source, found = source_of(model, example, trains)
+    wrapping = Wrapping.of(around, lambda other: source_of(other, example if _is_module(other) else None, trains)[0])
     if wrapping:
         refuse_all(source_problems(source))
         source = compose(source, wrapping)
@@ -108,7 +114,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
     request = Request(mesh, wanted, positions, strict, None, steering)
     folder = None if dump_dir is None else Path(dump_dir)
     if devices is not None:
-        return Plan.search(source, request, devices_of(devices, profile, backend, memory, host_memory), folder)
+        return Plan.search(source, request, devices_of(devices, profile, backend, memory, host_memory, train), folder)
     refuse_all([f"{word} is for choosing a mesh; give devices too, as devices=8"
                 for word, given in (("profile", profile), ("backend", backend)) if given is not None])
     if memory is not None or host_memory is not None:
@@ -137,9 +143,6 @@ def source_of(model: Any, example: Any, train: bool) -> tuple[ir.Model, dict[str
         from partitioner.exporter import export_module
 
         return export_module(model, example, train)
-    if train:
-        raise PartitionError("train=True exports a torch module with an example input; a model in a file trains as it "
-                             "is: pt.partition(model, ...).module()")
     return load_model(model), {}
 
 
@@ -332,7 +335,7 @@ class Plan:
         kept = {axis: cuts for axis, cuts in self._request.cuts.items() if axis not in changed}
         return Plan.compile(self._source, replace(self._request, mesh=self.mesh, shapes=shapes, cuts=kept))
 
-    def module(self, device: str = "cpu", *, checkpoint: bool = False, biased_variance: bool = False,
+    def module(self, device: str = "cpu", *, checkpoint: bool | None = None, biased_variance: bool = False,
                global_statistics: bool = False) -> PartitionedModule:
         """The plan as a `torch.nn.Module`, to be trained.
 
@@ -342,7 +345,8 @@ class Plan:
 
         Args:
             device: `cpu`, `cuda`, or a list for the ranks in turn.
-            checkpoint: keep few activations and compute the others, halos included, again in the backward pass.
+            checkpoint: keep few activations and compute the others, halos included, again in the backward pass; by
+                default where the planner chose so, for the memory (with `devices` and `train`).
             biased_variance: update running variances with the population's, as ONNX does, not torch's unbiased ones.
             global_statistics: take batch statistics over all copies of the network, not over each by itself.
 
@@ -360,6 +364,9 @@ class Plan:
             warnings.warn(FOLDED.format(count=len(folded), names=", ".join(folded[:3])), stacklevel=2)
         training, evaluation = self._compiled("training"), self._compiled("evaluation")
         refuse_all(without_gradient(training))
+        if checkpoint is None:
+            step = None if self.choice is None else self.choice.chosen.step
+            checkpoint = step is not None and step.checkpoint
         options = Options(biased_variance, checkpoint, global_statistics)
         return build_module(Network(source, training, evaluation), device, options)
 
@@ -389,10 +396,12 @@ class Plan:
             PartitionError: when the plan came from a file, or the profile cannot be read or lacks the transport.
         """
         from partitioner.profile import Profile
+        from partitioner.timing import plan_time
         from partitioner.training_time import training_time
 
         found = profile if isinstance(profile, Profile) else Profile.find(profile)
-        return training_time(self._training, self.training_cost(checkpoint), found, backend, threads)
+        run = plan_time(self._training, plan_cost(self._training), found, backend, threads)
+        return training_time(run, self.training_cost(checkpoint), found)
 
     @property
     def _trainable(self) -> ir.Model:
@@ -412,8 +421,11 @@ class Plan:
         return self._compiled("training")
 
     def _compiled(self, purpose: Purpose) -> ir.Model:
-        return compile_plan(self._trainable, self.mesh, self.input_shapes, self._request.cuts,
-                            strict=self._request.strict, purpose=purpose)
+        """The plan of the network with its weights as they are; what is pinned stays so where the node is there."""
+        prepared = prepare(self._trainable, self.input_shapes, self._request.strict, purpose)
+        names = {str(node.name) for node in prepared.model.graph}
+        pinned = {name: axes for name, axes in self._request.steering.pinned.items() if name in names}
+        return prepared.lay_out(self.mesh, self._request.cuts, steering=Steering(pinned))
 
     def unpartitioned(self) -> ir.Model:
         """The plain model that the plan was made from, or its equal when the plan came from a file."""

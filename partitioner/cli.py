@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from partitioner import __version__
 from partitioner.arguments import (
@@ -33,6 +33,10 @@ from partitioner.errors import AgreedError, AgreedFailure, ExecutionError, Parti
 from partitioner.forecasting import add_forecast_options, forecast_devices
 from partitioner.running import load_named_operators, run_files
 from partitioner.signals import Ended, orderly_end
+
+if TYPE_CHECKING:
+    from partitioner.api import Plan
+    from partitioner.training_report import TrainingReport
 
 EXAMPLES = """examples:
   partition plan unet3d.onnx --mesh depth=2,height=2 --shape volume=1x1x121x160x143
@@ -110,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _with_operators(_plan), "show layouts, halos, memory and traffic of a partition")
     add_model_options(plan, "MODEL", "an ONNX model (or a plan)")
     add_link_option(plan)
+    plan.add_argument("--train", metavar="OPTIMISER", choices=("adam", "momentum", "sgd", "none"),
+                      help="tell what a training step takes with adam, momentum, sgd or none; with --devices, choose "
+                           "for it and not for inference")
     plan.add_argument("--explain", metavar="NODE", action="append", default=[],
                       help="tell what was decided at a node, and what that takes in the other plans (with --devices; "
                            "repeat)")
@@ -175,19 +182,33 @@ def _plan(options: argparse.Namespace) -> int:
     with ProgressBar(options, options.devices is not None) as progress:
         plan = load_plan(options, progress=progress)
     said = [plan.explain(node) for node in options.explain]
+    step = None if options.train is None else _training_step(plan, options)
     if options.json:
-        print_json({**plan.to_dict(), **({"explained": said} if said else {})})
+        print_json({**plan.to_dict(), **({"explained": said} if said else {}),
+                    **({} if step is None else {"training": step.to_dict()})})
         return 0
-    if plan.choice is None:
-        show(render(plan.model, plan.cost))
-        return 0
-    from partitioner.planner.explain import render_choice
-
     if said:
         write("\n\n".join(said) + "\n")
-    else:
-        show(render(plan.model, plan.cost), render_choice(plan.choice))
+        return 0
+    parts = [render(plan.model, plan.cost), *([] if step is None else [step.render()])]
+    if plan.choice is not None:
+        from partitioner.planner.explain import render_choice
+
+        parts.append(render_choice(plan.choice))
+    show(*parts)
     return 0
+
+
+def _training_step(plan: Plan, options: argparse.Namespace) -> TrainingReport:
+    """What a training step of the plan takes."""
+    from partitioner.planning import usual_transport
+    from partitioner.profile import Profile
+    from partitioner.training_report import training_report
+
+    profile = Profile.find(options.profile)
+    chosen = None if plan.choice is None else plan.choice.goal.transport
+    transport = options.backend or chosen or usual_transport(profile, plan.mesh.size)
+    return training_report(plan, options.train, profile, transport)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -174,8 +174,8 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
     request = Request(options.mesh, shapes, cuts, options.strict, None, Steering(pinned_axes(_pins(options))))
     if options.devices is not None:
         return Plan.search(model, request, _devices(options), folder, progress)
-    tells = {"profile": options.profile}
-    if options.action_name in ("plan", "report", "compile") and options.memory is None:
+    tells = {} if getattr(options, "train", None) else {"profile": options.profile}
+    if tells and options.action_name in ("plan", "report", "compile") and options.memory is None:
         tells["backend"] = options.backend  # with a memory it says that every rank has a process of its own
     word = next((word for word, given in tells.items() if given is not None), None)
     if word is not None:
@@ -186,7 +186,7 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
 def _devices(options: argparse.Namespace) -> Devices:
     """What the planner is to choose for: in a group that has been joined, a mesh of all its ranks."""
     found = devices_of(options.devices, options.profile, getattr(options, "backend", None), options.memory,
-                       options.host_memory)
+                       options.host_memory, getattr(options, "train", None) or False)
     return found if options.held is None else replace(found, all_of_them=True)
 
 
@@ -220,7 +220,7 @@ def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str,
                              "leave --mesh out, or give the model")
     if options.cuts:
         raise PartitionError(f"{options.model}: is a plan with cuts of its own; give the model to cut it anew")
-    word = next((w for w in ("devices", "profile", "pin") if getattr(options, w)), None)
+    word = next((w for w in ("devices", "profile", "pin", "train") if getattr(options, w, None)), None)
     if word is not None:
         raise PartitionError(f"{options.model}: is a plan, with which --{word} comes too late; give the model")
     if options.memory is not None or options.host_memory is not None:

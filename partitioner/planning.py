@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from partitioner.budget import Budget
     from partitioner.planner.choice import Choice
     from partitioner.planner.search import Progress
+    from partitioner.training_cost import Optimiser
 
 GPUS_OF_A_NODE = 8
 """More ranks than these reach one another over the network."""
@@ -65,6 +66,7 @@ class Devices:
         memory: bytes of each.
         steers: whether cuts, replicated layers and deeper halos are searched for too.
         all_of_them: whether the plan has to use every one.
+        optimiser: that of the training steps for which it is chosen; None for inference.
     """
 
     count: int
@@ -73,21 +75,28 @@ class Devices:
     memory: int | None = None
     steers: bool = True
     all_of_them: bool = False
+    optimiser: Optimiser | None = None
 
 
 def devices_of(count: int, profile: Profile | str | Path | None = None, transport: str | None = None,
-               memory: str | int | None = None, host_memory: str | int | None = None) -> Devices:
+               memory: str | int | None = None, host_memory: str | int | None = None,
+               train: bool | str = False) -> Devices:
     """Devices as a user describes them.
 
+    Args:
+        train: whether training steps are what they do, or the optimiser of these; Adam where it is not told.
+
     Raises:
-        PartitionError: for a profile that cannot be read, or no amount of memory.
+        PartitionError: for a profile that cannot be read, no amount of memory, or an unknown optimiser.
     """
     from partitioner.budget import parse_bytes
+    from partitioner.training_cost import known_optimiser
 
     if host_memory is not None:
         raise PartitionError("host_memory is for one process under a budget; leave it out with devices")
     found = profile if profile is None or isinstance(profile, Profile) else Profile.find(profile)
-    return Devices(count, found, transport, None if memory is None else parse_bytes(memory))
+    optimiser = None if train is False else known_optimiser("adam" if train is True else train)
+    return Devices(count, found, transport, None if memory is None else parse_bytes(memory), optimiser=optimiser)
 
 
 def compile_request(source: ir.Model, request: Request, dump_dir: Path | None = None) -> ir.Model:
@@ -150,21 +159,24 @@ def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: 
     profile = Profile.find(None) if devices.profile is None else devices.profile
     transport = devices.transport or usual_transport(profile, devices.count)
     profile.message_seconds(0.0, 0.0, transport)  # refuses what it does not know
+    trains = devices.optimiser is not None
     goal = Goal(devices.count, profile, transport, None, devices.memory, held_on(profile), given, request.cuts,
-                request.steering, devices.steers, devices.all_of_them)
+                Steering(request.steering.pinned) if trains else request.steering, devices.steers,
+                devices.all_of_them, slabs=not trains, optimiser=devices.optimiser)
     with Faults(source), with_nearest_shapes(source, request.shapes):
-        prepared = prepare(source, request.shapes, request.strict)
+        prepared = prepare(source, request.shapes, request.strict, "training" if trains else "inference")
 
         def lay_out(form: Form) -> ir.Model:
             return prepared.lay_out(form.mesh, form.cuts, form.order, form.steering)
 
         choice = Search(goal, laid_out_everywhere(prepared.model), lay_out, progress).choose()
-        form = choice.chosen.form
-        if dump_dir is not None:
-            compile_plan(source, form.mesh, request.shapes, form.cuts, dump_dir, request.strict, order=form.order,
-                         steering=form.steering)
-    return choice.chosen.model, replace(request, mesh=form.mesh, cuts=form.cuts, steering=form.steering,
-                                        budget=goal.budget(form.mesh)), choice
+        form, model = choice.chosen.form, choice.chosen.model
+        steering = request.steering if trains else form.steering
+        if trains or dump_dir is not None:  # a plan is for inference; `Plan.module` makes what trains
+            model = compile_plan(source, form.mesh, request.shapes, form.cuts, dump_dir, request.strict,
+                                 order=form.order, steering=steering)
+    return model, replace(request, mesh=form.mesh, cuts=form.cuts, steering=steering,
+                          budget=None if trains else goal.budget(form.mesh)), choice
 
 
 def usual_transport(profile: Profile, devices: int) -> str:

@@ -11,7 +11,7 @@ Figures are arrays of the mesh's shape, as those of `partitioner.cost`: 4096 ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +101,13 @@ class PlanTime:
 
     def _sum(self, figures: Sequence[FloatArray]) -> FloatArray:
         return sum(figures, start=np.zeros(self.mesh.shape))
+
+
+def is_in_cache(maker: ir.Node | None, buffer_of: Mapping[str, str]) -> bool:
+    """Whether what works in place on a node's result does so while a block of it is in cache."""
+    while maker is not None and not starts(operator_of(maker)):
+        maker = joined_to(maker, buffer_of)
+    return maker is not None
 
 
 def threads_of_rank(profile: Profile, transport: str, ranks: int, threads: int | None = None) -> int | None:
@@ -199,7 +206,7 @@ class _Clock:
                for layout, v in zip(layouts, node.inputs, strict=True)]
         outs = [cells(dialect.get_layout(v), self.mesh) * share for v in node.outputs]
         operator, maker = operator_of(node), joined_to(node, self.lifetimes.buffer_of)
-        if maker is not None and self._is_in_cache(maker):
+        if is_in_cache(maker, self.lifetimes.buffer_of):
             return count * (self.zero + self.kernels.step)
         once = kernel_seconds(self.kernels, operator, ins, outs, in_place=maker is not None)
         if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
@@ -208,12 +215,6 @@ class _Clock:
             again = kernel_seconds(self.kernels, operator, ins, outs, in_place=True) if operator.writes_into else once
             return once + (count - 1) * again + count * self.kernels.step
         return count * (once + self.kernels.step)
-
-    def _is_in_cache(self, maker: ir.Node | None) -> bool:
-        """Whether what works in place on a node's result does so while a block of it is in cache."""
-        while maker is not None and not starts(operator_of(maker)):
-            maker = joined_to(maker, self.lifetimes.buffer_of)
-        return maker is not None
 
     def _is_sparse(self, node: ir.Node) -> bool:
         """Whether a convolution reads cells that do not lie side by side in their buffer: it copies them first."""
@@ -394,3 +395,9 @@ def _dtype(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
+def seconds_text(value: float) -> str:
+    """A time with three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -98,8 +98,7 @@ def training_cost(plan: ir.Model, checkpoint: bool = False, optimiser: Optimiser
     Raises:
         PartitionError: for an optimiser that is not known.
     """
-    if optimiser not in WORDS:
-        raise PartitionError(f"optimiser '{optimiser}' is unknown; use {', '.join(WORDS)}")
+    optimiser = known_optimiser(optimiser)
     tape = Tape(plan)
     count = len(tape.nodes)
     segments = find_segments(plan, tape.lifetimes) if checkpoint else ((0, count),)
@@ -270,6 +269,18 @@ def _together(moment: Moment, before: IntArray, during: IntArray, after: IntArra
 
 
 # --- weights, messages, operations ------------------------------------------------------------------------
+
+
+def known_optimiser(word: str) -> Optimiser:
+    """An optimiser by its name.
+
+    Raises:
+        PartitionError: for one that is not known.
+    """
+    found = next((name for name in get_args(Optimiser) if name == word), None)
+    if found is None:
+        raise PartitionError(f"optimiser '{word}' is unknown; use {', '.join(get_args(Optimiser))}")
+    return found
 
 
 def parameter_bytes(plan: ir.Model) -> list[int]:

@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.cost import plan_cost
 from partitioner.curves import FloatArray
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import operator_of
 from partitioner.profile import Profile
-from partitioner.timing import LOCKSTEP, StepTime, plan_time
+from partitioner.timing import LOCKSTEP, PlanTime, StepTime
 from partitioner.training_cost import TrainingCost
 
 
@@ -55,28 +53,24 @@ class TrainingTime:
         return float(self.total.sum() if self.transport == LOCKSTEP else self.total.max(initial=0.0))
 
 
-def training_time(plan: ir.Model, cost: TrainingCost, profile: Profile, transport: str = LOCKSTEP,
-                  threads: int | None = None) -> TrainingTime:
+def training_time(run: PlanTime, cost: TrainingCost, profile: Profile) -> TrainingTime:
     """An estimate of a step of a plan that was compiled for training.
 
     Args:
+        run: the time of that plan's forward pass; see `partitioner.timing.plan_time`.
         cost: of that plan, with or without checkpointing.
-        transport, threads: as in `partitioner.timing.plan_time`.
-
-    Raises:
-        PartitionError: when the profile does not know the transport.
+        profile: that of the run.
     """
-    found = plan_time(plan, plan_cost(plan), profile, transport, threads)
-    steps = [step for step in found.steps if step.node is not None]
-    forward = _sum([step.total for step in steps], found.mesh)
-    backward = _sum([_gradient(step) for step in steps], found.mesh)
+    steps = [step for step in run.steps if step.node is not None]
+    forward = _sum([step.total for step in steps], run.mesh)
+    backward = _sum([_gradient(step) for step in steps], run.mesh)
     if len(cost.segments) > 1:
         backward = backward + forward
     sums = 0.0
-    if transport != LOCKSTEP and cost.buckets:
-        messages = 2.0 * (found.mesh.size - 1) * cost.buckets
-        sums = float(np.asarray(profile.message_seconds(float(cost.summed), messages, transport)))
-    return TrainingTime(found.mesh, transport, forward, backward, sums)
+    if run.transport != LOCKSTEP and cost.buckets:
+        messages = 2.0 * (run.mesh.size - 1) * cost.buckets
+        sums = float(np.asarray(profile.message_seconds(float(cost.summed), messages, run.transport)))
+    return TrainingTime(run.mesh, run.transport, forward, backward, sums)
 
 
 def _gradient(step: StepTime) -> FloatArray:

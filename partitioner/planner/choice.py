@@ -15,6 +15,8 @@ from partitioner.layout import Cuts
 from partitioner.mesh import Mesh
 from partitioner.profile import Profile
 from partitioner.timing import PlanTime
+from partitioner.training_cost import Optimiser, TrainingCost
+from partitioner.training_time import TrainingTime
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Goal:
         all_of_them: whether every device has to be used.
         most: meshes that are laid out, at most.
         slabs: whether a device may go through its shard slab by slab where the memory asks for it.
+        optimiser: that of the training steps for which the plan is chosen; None for inference.
     """
 
     devices: int
@@ -50,6 +53,7 @@ class Goal:
     all_of_them: bool = False
     most: int = 12
     slabs: bool = True
+    optimiser: Optimiser | None = None
 
     def budget(self, mesh: Mesh) -> Budget | None:
         """What a process may hold that has one rank of a mesh, if memory is limited."""
@@ -69,12 +73,27 @@ class Form:
 
 
 @dataclass(frozen=True)
+class TrainingStep:
+    """What a training step of a way takes."""
+
+    cost: TrainingCost
+    time: TrainingTime
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether few activations are kept and the others computed again."""
+        return len(self.cost.segments) > 1
+
+
+@dataclass(frozen=True)
 class Way:
-    """One way to partition a model, laid out, with what it takes.
+    """One way to partition a model, laid out, with what a run of it takes, or a training step.
 
     Args:
+        cost, time: of a run, forward.
         needed: bytes that a device holds: activations, weights, the process.
         what: in a few words how it differs from even shards of every layer.
+        step: of training, where that is what the plan is chosen for.
     """
 
     form: Form
@@ -83,23 +102,35 @@ class Way:
     time: PlanTime
     needed: int
     what: str = ""
+    step: TrainingStep | None = None
 
     @property
     def seconds(self) -> float:
-        """Forecast time of a run."""
-        return self.time.seconds
+        """Forecast time of a run, or of a step."""
+        return self.time.seconds if self.step is None else self.step.time.seconds
 
     @property
     def peak(self) -> int:
         """Bytes of activations on the rank that holds most."""
-        return int(self.cost.peak.max(initial=0))
+        return int((self.cost if self.step is None else self.step.cost).peak.max(initial=0))
+
+    @property
+    def sent(self) -> int:
+        """Bytes that all ranks send together."""
+        return int((self.cost if self.step is None else self.step.cost).sent.sum())
+
+    @property
+    def messages(self) -> int:
+        """Messages of all ranks together."""
+        return int((self.cost if self.step is None else self.step.cost).messages.sum())
 
     @property
     def note(self) -> str:
         """What is special about it."""
         schedule = dialect.get_schedule(self.model)
         slabs = "" if schedule is None else f"slab by slab along {schedule.axis}"
-        return "; ".join(filter(None, (self.what, slabs)))
+        again = "activations computed again" if self.step is not None and self.step.checkpoint else ""
+        return "; ".join(filter(None, (self.what, slabs, again)))
 
     @property
     def words(self) -> str:

@@ -15,7 +15,7 @@ mean shard stands for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from partitioner import dialect
 from partitioner.curves import FloatArray
 from partitioner.geometry import Interval
+from partitioner.inplace import joined_to
 from partitioner.kinds import kernel_seconds
+from partitioner.lifetime import find_lifetimes
 from partitioner.maps import AxisMap
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
 from partitioner.profile import Kernels, Profile
-from partitioner.timing import LOCKSTEP, MERGE_CALLS, threads_of_rank
+from partitioner.timing import LOCKSTEP, MERGE_CALLS, is_in_cache, threads_of_rank
 
 _PARTIAL = 8
 """Bytes of a partial result, at least."""
@@ -45,6 +47,7 @@ class Estimates:
         model: laid out along every axis that a mesh can split, on one rank each.
         meshes: those that are compared.
         transport, threads: as in `partitioner.timing.plan_time`.
+        training: whether training steps are compared, not runs; see `partitioner.training_time`.
     """
 
     model: ir.Model
@@ -52,34 +55,50 @@ class Estimates:
     profile: Profile
     transport: str
     threads: int | None = None
+    training: bool = False
 
     @cached_property
     def seconds(self) -> FloatArray:
-        """Time of a run, of the largest shard; of all shards one after another in lock-step."""
+        """Time of a run or a step, of the largest shard; of all shards one after another in lock-step."""
         total = np.zeros(len(self.meshes))
         for node in self.model.graph:
             total = total + self._node(node)
         for value in (*self.model.graph.inputs, *(v for node in self.model.graph for v in node.outputs)):
             if dialect.has_layout(value) and value.uses():
-                total = total + self._exchange(value)
-        total = total + sum(self._edge(v) for v in (*self.model.graph.inputs, *self.model.graph.outputs)
-                            if v.producer() is not None or v.uses())
+                total = total + self._passes * self._exchange(value)
+        if not self.training:
+            total = total + sum(self._edge(v) for v in (*self.model.graph.inputs, *self.model.graph.outputs)
+                                if v.producer() is not None or v.uses())
         return total * (self._sizes if self.transport == LOCKSTEP else 1.0)
+
+    @property
+    def _passes(self) -> int:
+        """Forward, and back."""
+        return 2 if self.training else 1
 
     @cached_property
     def peak(self) -> FloatArray:
-        """Bytes of activations that the largest shard holds at once, at least."""
+        """Bytes of activations that the largest shard holds at once, at least: results in place are taken for nothing
+        more, parts of a concatenation for no more than themselves.
+        """
         nodes = list(self.model.graph)
         last = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
         live = sum((self._bytes(v) for v in self.model.graph.inputs if v in last), start=np.zeros(len(self.meshes)))
         most = live
         for index, node in enumerate(nodes):
-            makes = not operator_of(node).is_view
-            live = live + sum((self._bytes(v) for v in node.outputs if makes), start=0.0)
+            gone = {v for v in (*node.inputs, *node.outputs) if v is not None and last.get(v, index) == index
+                    and v.const_value is None and _is_made(v)}
+            places = {self._buffers.get(str(v.name)) for v in node.outputs}
+            taken = {v for v in gone.intersection(node.inputs) if self._buffers.get(str(v.name)) in places}
+            live = live - self._sum_of(taken)
+            if not operator_of(node).is_view:
+                live = live + self._sum_of(node.outputs)
             most = np.maximum(most, live)
-            gone = {v for v in (*node.inputs, *node.outputs) if v is not None and last.get(v, index) == index}
-            live = live - sum((self._bytes(v) for v in gone if v.const_value is None and _is_made(v)), start=0.0)
+            live = live - self._sum_of(gone - taken)
         return most
+
+    def _sum_of(self, values: Iterable[ir.Value]) -> FloatArray:
+        return sum((self._bytes(v) for v in values), start=np.zeros(len(self.meshes)))
 
     @cached_property
     def _sizes(self) -> FloatArray:
@@ -116,14 +135,16 @@ class Estimates:
     def _node(self, node: ir.Node) -> FloatArray:
         ins = [None if v is None else self._cells(v) for v in node.inputs]
         outs = [self._cells(v) for v in node.outputs]
-        operator = operator_of(node)
+        operator, maker = operator_of(node), joined_to(node, self._buffers)
+        cached = is_in_cache(maker, self._buffers)
         total = np.zeros(len(self.meshes))
         for threads, where in self._threads:
             kernels = self.profile.for_threads(threads)
-            found = kernel_seconds(kernels, operator, [None if i is None else i[where] for i in ins],
-                                   [o[where] for o in outs])
-            total[where] = found + kernels.step
-        return total + self._merges(node)
+            found = 0.0 if cached else kernel_seconds(kernels, operator, [None if i is None else i[where] for i in ins],
+                                                      [o[where] for o in outs], in_place=maker is not None)
+            work = 1.0 + operator.gradient_work if self.training else 1.0
+            total[where] = work * found + self._passes * kernels.step
+        return total + self._passes * self._merges(node)
 
     def _edge(self, value: ir.Value) -> FloatArray:
         """An input that is read into its buffer, an output that is copied out of it."""
@@ -134,6 +155,11 @@ class Estimates:
     def _overhead(self, launches: FloatArray | float, steps: FloatArray | float) -> FloatArray:
         """What so many small calls and steps of the executor take."""
         return np.zeros(len(self.meshes)) + launches * self._kernels.launch + steps * self._kernels.step
+
+    @cached_property
+    def _buffers(self) -> Mapping[str, str]:
+        """The buffer of every value, where nothing has to be exchanged."""
+        return find_lifetimes(self.model).buffer_of
 
     @cached_property
     def _kernels(self) -> Kernels:

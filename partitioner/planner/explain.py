@@ -17,7 +17,7 @@ from partitioner.mesh import Mesh
 from partitioner.page import Alternative
 from partitioner.planner.choice import Choice, Way
 from partitioner.report import halo_widths, short_layout, size_text
-from partitioner.timing import StepTime
+from partitioner.timing import StepTime, seconds_text
 
 MOST_ROWS = 12
 """Ways that tables show."""
@@ -51,13 +51,13 @@ def rows_of(choice: Choice) -> list[Row]:
 
 
 def _row(way: Way, chosen: bool) -> Row:
-    return Row(str(way.form.mesh), way.seconds, way.peak, way.needed, int(way.cost.sent.sum()),
-               int(way.cost.messages.sum()), chosen, way.note)
+    return Row(str(way.form.mesh), way.seconds, way.peak, way.needed, way.sent, way.messages, chosen, way.note)
 
 
 def choice_dict(choice: Choice) -> dict[str, Any]:
     """The rows and the reasons as plain data for programs."""
     return {"devices": choice.goal.devices, "profile": choice.goal.profile.name, "transport": choice.goal.transport,
+            "optimiser": choice.goal.optimiser,
             "ways": [asdict(row) for row in rows_of(choice)], "why": why(choice)}
 
 
@@ -77,8 +77,8 @@ def _paragraphs(choice: Choice) -> Iterator[str]:
     figures = "measured" if goal.profile.measured else "estimated"
     memory = "" if goal.memory is None else f" and {size_text(goal.memory)} each"
     yield (f"For {goal.devices} device{'s' * (goal.devices != 1)}{memory}, with the {figures} figures of profile "
-           f"'{goal.profile.name}' and messages over {goal.transport}: {best.words} takes "
-           f"{seconds_text(best.seconds)}, {size_text(best.needed)} per device.")
+           f"'{goal.profile.name}' and messages over {goal.transport}: {'a training step on ' if best.step else ''}"
+           f"{best.words} takes {seconds_text(best.seconds)}, {size_text(best.needed)} per device.")
     unused = goal.devices - best.form.mesh.size
     if unused:
         rivals = [w for w in choice.others if w.form.mesh.size == goal.devices]
@@ -112,7 +112,8 @@ def _difference(one: Way, other: Way) -> str:
             if abs(a - b) > 1e-3 * max(one.seconds, 1e-9)]
     total = other.seconds - one.seconds
     head = f"{seconds_text(abs(total))} {'less' if total >= 0 else 'more'} in all"
-    return head + (f" ({', '.join(said)})" if said else "")
+    forward = "" if one.step is None else "forward: "
+    return head + (f" ({forward}{', '.join(said)})" if said else "")
 
 
 def render_choice(choice: Choice) -> Group:
@@ -176,11 +177,3 @@ def _figures(step: StepTime) -> str:
     said = [f"{seconds_text(float(array.reshape(-1)[worst]))} {name}" for name, array in parts
             if float(array.reshape(-1)[worst]) > 0]
     return ", ".join(said) or "nothing to compute"
-
-
-def seconds_text(value: float) -> str:
-    """A time with three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"

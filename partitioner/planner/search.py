@@ -22,16 +22,18 @@ from partitioner.errors import BudgetError, PartitionError
 from partitioner.interior import can_overlap
 from partitioner.layout import Cuts, even_cuts
 from partitioner.mesh import AXIS_NAMES, Mesh
-from partitioner.planner.choice import Choice, Form, Goal, Rejected, Way
+from partitioner.planner.choice import Choice, Form, Goal, Rejected, TrainingStep, Way
 from partitioner.planner.cuts import aligned_cuts, balanced_cuts, extents_of, strides_of
 from partitioner.planner.estimate import Estimates
-from partitioner.planner.explain import mesh_text, seconds_text
+from partitioner.planner.explain import mesh_text
 from partitioner.planner.meshes import meshes_of
 from partitioner.planner.replicate import Stretches, seconds_by_node, subsets
 from partitioner.rolling import SMALL
 from partitioner.schedules import THINNEST_SLAB, Candidate, fastest, fit
 from partitioner.strips import CutPoints, Prices
-from partitioner.timing import PlanTime, plan_time, threads_of_rank
+from partitioner.timing import PlanTime, plan_time, seconds_text, threads_of_rank
+from partitioner.training_cost import WORDS, parameter_bytes, training_cost
+from partitioner.training_time import training_time
 from passes.assign_shards import AssignShards
 
 LayOut = Callable[[Form], ir.Model]
@@ -102,7 +104,8 @@ class Search:
     def _best_meshes(self, meshes: Sequence[Mesh]) -> list[Way]:
         """Those that keep to the memory, fastest first, until the rest is estimated to be slower."""
         goal = self.goal
-        estimates = Estimates(self.seeds, meshes, goal.profile, goal.transport, goal.threads)
+        estimates = Estimates(self.seeds, meshes, goal.profile, goal.transport, goal.threads,
+                              goal.optimiser is not None)
         found: list[Way] = []
         for place, index in enumerate(self._order(estimates)):
             mesh, least = meshes[index], float(estimates.seconds[index])
@@ -153,14 +156,17 @@ class Search:
                 return found
             if self._fits(found):
                 return self._fastest(found)
-            if not self.goal.slabs:
-                raise PartitionError(f"takes {memory_text(found.needed)} in whole shards")
-            return self._fitted(found)
+            if self.goal.slabs:
+                return self._fitted(found)
+            self._reject(form.mesh, found.needed)
         except PartitionError as error:
             needed = error.needed if isinstance(error, BudgetError) else None
-            reason = str(error).splitlines()[0] if needed is None else f"needs {memory_text(needed)} per device"
-            self.rejected.append(Rejected(form.mesh, reason, needed))
-            return None
+            self._reject(form.mesh, needed, str(error).splitlines()[0] if needed is None else "")
+        return None
+
+    def _reject(self, mesh: Mesh, needed: int | None, reason: str = "", what: str = "") -> None:
+        why = reason if needed is None else f"needs {memory_text(needed)} per device"
+        self.rejected.append(Rejected(mesh, ": ".join(filter(None, (what, why))), needed))
 
     def _fits(self, way: Way) -> bool:
         return self.goal.memory is None or way.needed <= self.goal.memory
@@ -170,7 +176,20 @@ class Search:
         model = self.lay_out(form)
         cost = plan_cost(model)
         needed = int(cost.peak.max(initial=0)) + cost.weight_bytes + self.goal.held
-        return Way(form, model, cost, self._time(model, cost), needed, what)
+        way = Way(form, model, cost, self._time(model, cost), needed, what)
+        return way if self.goal.optimiser is None else self._trained(way)
+
+    def _trained(self, way: Way) -> Way:
+        """A way with what a training step takes; activations are computed again where the memory asks for it."""
+        found, goal = way, self.goal
+        assert goal.optimiser is not None
+        for checkpoint in (False, True):
+            cost = training_cost(way.model, checkpoint, goal.optimiser)
+            time = training_time(way.time, cost, goal.profile)
+            found = replace(way, needed=int(cost.total.max(initial=0)) + goal.held, step=TrainingStep(cost, time))
+            if self._fits(found):
+                break
+        return found
 
     def _time(self, model: ir.Model, cost: PlanCost) -> PlanTime:
         return plan_time(model, cost, self.goal.profile, self.goal.transport, self.goal.threads)
@@ -213,8 +232,10 @@ class Search:
     def _steered(self, way: Way) -> list[Way]:
         """A way and what it becomes by one change after the other, each kept when it gains."""
         found = [way]
-        for change in (self._with_other_cuts, self._with_replicated_layers, self._with_deeper_halos,
-                       self._with_interiors_first):
+        changes = [self._with_other_cuts]
+        if self.goal.optimiser is None:
+            changes += [self._with_replicated_layers, self._with_deeper_halos, self._with_interiors_first]
+        for change in changes:
             best = found[0]
             if best.form.mesh.size == 1 or dialect.get_schedule(best.model) is not None:
                 break
@@ -229,13 +250,12 @@ class Search:
         try:
             found = self._laid_out(form, "; ".join(filter(None, (way.what, what))))
         except PartitionError as error:
-            self.rejected.append(Rejected(form.mesh, f"{what}: {str(error).splitlines()[0]}"))
+            self._reject(form.mesh, None, str(error).splitlines()[0], what)
             return
         if self._fits(found):
             yield found
         else:
-            self.rejected.append(Rejected(form.mesh, f"{what}: needs {memory_text(found.needed)} per device",
-                                          found.needed))
+            self._reject(form.mesh, found.needed, what=what)
 
     def _with_other_cuts(self, way: Way) -> Iterator[Way]:
         extents, strides = extents_of(self.seeds), strides_of(self.seeds)
@@ -330,6 +350,7 @@ def laid_out_everywhere(model: ir.Model) -> ir.Model:
 
 
 def fixed_bytes(seeds: ir.Model, goal: Goal) -> int:
-    """Bytes that a device holds whatever the mesh: weights and the process."""
+    """Bytes that a device holds whatever the mesh: weights, their gradients, the optimiser's state and the process."""
     weights = sum(v.const_value.nbytes for v in seeds.graph.initializers.values() if v.const_value is not None)
-    return weights + goal.held
+    train = 0 if goal.optimiser is None else (1 + WORDS[goal.optimiser]) * sum(parameter_bytes(seeds))
+    return weights + train + goal.held
