@@ -55,6 +55,66 @@ def test_small_convolutions(data: st.DataObject, dims: int, last: bool, bias: bo
     compare(mine, theirs, [x, w, *([torch.randn(out)] if bias else [])], 2e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dims=st.integers(1, 3), last=st.booleans(), bias=st.booleans(), transposed=st.booleans(),
+       dtype=st.sampled_from((torch.float32, torch.float64)))
+def test_large_convolutions(data: st.DataObject, dims: int, last: bool, bias: bool, transposed: bool,
+                            dtype: torch.dtype) -> None:
+    """As if every tensor were large: the weight's gradient comes in blocks of few cells, of every sample apart."""
+    draw = data.draw
+    groups, batch = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    channels, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kernel, stride, dilation = ([draw(st.integers(1, 3)) for _ in range(dims)] for _ in range(3))
+    padding = [draw(st.integers(0, min(2, d * (k - 1) // 2))) for k, d in zip(kernel, dilation, strict=True)]
+    extents = [draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 11))
+               for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    form = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims, torch.contiguous_format)
+    x = torch.randn(batch, channels, *extents, dtype=dtype)
+    x = x.contiguous(memory_format=form) if last else x
+    inner = (channels, out // groups) if transposed else (out, channels // groups)
+    w = torch.randn(*inner, *kernel, dtype=dtype)
+    function = getattr(torch.nn.functional, f"conv{'_transpose' if transposed else ''}{dims}d")
+
+    def theirs(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return function(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    def mine(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return convolve(x, w, b, Geometry(stride, padding, dilation, groups), transposed)
+
+    inputs = [x, w, *([torch.randn(out, dtype=dtype)] if bias else [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "LARGE", 1)
+        patch.setattr(gradients, "BLOCK", draw(st.sampled_from((1, 200, 2000))))
+        compare(mine, theirs, inputs, 2e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_a_tensor_of_two_gibibytes_is_large_whether_it_comes_or_goes() -> None:
+    narrow = gradients.Windows([2] * 3, [0] * 3, [1] * 3, 1, False)
+    wide = gradients.Windows([2] * 3, [0] * 3, [1] * 3, 1, True)
+    for extent, large in ((176, True), (160, False)):
+        fine, coarse = torch.empty(1, 64, extent, 224, 224, device="meta"), torch.empty(1, 8, extent // 2, 112, 112,
+                                                                                         device="meta")
+        assert gradients.is_large(fine, torch.empty(8, 64, 2, 2, 2), narrow) == large
+        assert gradients.is_large(coarse, torch.empty(8, 64, 2, 2, 2), wide) == large
+        assert not gradients.is_large(fine.bfloat16(), torch.empty(8, 64, 2, 2, 2), narrow)
+
+
+def test_large_convolutions_follow_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "LARGE", 1)
+    x, w, b = torch.randn(1, 4, 6, 6, 6), torch.randn(3, 4, 3, 3, 3, requires_grad=True), torch.randn(3)
+    found: Tensors = []
+    for convolution in (lambda: convolve(x, w, b, Geometry([1] * 3, [1] * 3, [1] * 3, 1)),
+                        lambda: torch.nn.functional.conv3d(x, w, b, padding=1)):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = convolution()
+        assert result.dtype == torch.bfloat16
+        result.float().square().sum().backward()
+        assert w.grad is not None and w.grad.dtype == torch.float32
+        found.append(w.grad)
+        w.grad = None
+    assert (found[0] - found[1]).abs().max() <= 0.02 * found[1].abs().max()
+
+
 def test_which_convolutions_torch_would_leave_onednn_for() -> None:
     """Twins on both sides of the threshold, and those that it never leaves."""
     weight = torch.empty(4, 8, 3, 3, 3)

@@ -47,10 +47,14 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         data, weight = (t.clone(memory_format=torch.contiguous_format) for t in (data, weight))
     if _suits_onednn(data):
         return _onednn(data, weight, bias, geometry, transposed)
-    if not transposed and _suits_onednn(data, training=True):
+    if data.device.type == "cpu" and torch.is_grad_enabled():
         from partitioner.ops.kernels import gradients
 
-        if gradients.leaves_onednn(data, weight, geometry.groups):
+        windows = gradients.Windows(geometry.stride, geometry.padding, geometry.dilation, geometry.groups, transposed)
+        if gradients.is_large(data, weight, windows):
+            return gradients.large_convolution(*_as_autocast(data, weight, bias), windows)
+        if (not transposed and _suits_onednn(data, training=True)
+                and gradients.leaves_onednn(data, weight, geometry.groups)):
             return gradients.convolution(data, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
     if transposed:
         kernel = functional.conv_transpose2d if data.dim() == 4 else functional.conv_transpose3d
@@ -76,6 +80,15 @@ def _is_misread(data: torch.Tensor, weight: torch.Tensor, geometry: Geometry) ->
 def _suits_onednn(data: torch.Tensor, training: bool = False) -> bool:
     return (data.device.type == "cpu" and data.dtype == torch.float32 and torch.is_grad_enabled() == training
             and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available() and _has_operators())
+
+
+def _as_autocast(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[
+        torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The operands in the type that autocast asks for."""
+    if not torch.is_autocast_enabled("cpu"):
+        return data, weight, bias
+    dtype = torch.get_autocast_dtype("cpu")
+    return data.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 @functools.cache
