@@ -88,15 +88,16 @@ def test_large_convolutions(data: st.DataObject, dims: int, last: bool, bias: bo
         compare(mine, theirs, inputs, 2e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_a_tensor_of_two_gibibytes_is_large_whether_it_comes_or_goes() -> None:
+def test_which_convolutions_are_large() -> None:
     narrow = gradients.Windows([2] * 3, [0] * 3, [1] * 3, 1, False)
     wide = gradients.Windows([2] * 3, [0] * 3, [1] * 3, 1, True)
     for extent, large in ((176, True), (160, False)):
-        fine, coarse = torch.empty(1, 64, extent, 224, 224, device="meta"), torch.empty(1, 8, extent // 2, 112, 112,
-                                                                                         device="meta")
-        assert gradients.is_large(fine, torch.empty(8, 64, 2, 2, 2), narrow) == large
-        assert gradients.is_large(coarse, torch.empty(8, 64, 2, 2, 2), wide) == large
-        assert not gradients.is_large(fine.bfloat16(), torch.empty(8, 64, 2, 2, 2), narrow)
+        for many, few in ((64, 8), (8, 64)):  # channels where cells are many, and few
+            fine = torch.empty(1, many, extent, 224, 224, device="meta")
+            coarse = torch.empty(1, few, extent // 2, 112, 112, device="meta")
+            weight = torch.empty(few, many, 2, 2, 2)
+            assert gradients.is_large(fine, weight, narrow) == gradients.is_large(coarse, weight, wide) == large
+            assert not gradients.is_large(fine.bfloat16(), weight, narrow)
 
 
 def test_large_convolutions_follow_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
