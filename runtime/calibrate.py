@@ -94,11 +94,10 @@ def calibrate(device: str = "cpu", threads: int | None = None, quick: bool = Fal
     said("files")
     read, write = _files(extent.file)
     said("done")
-    name = platform.processor() or platform.machine()
-    if found.type == "cuda":
-        name = torch.cuda.get_device_name(found)
+    name = torch.cuda.get_device_name(found) if found.type == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "numpy": np.__version__}
-    how = f"partition calibrate{' --quick' if quick else ''}, {time.strftime('%Y-%m-%d')}"
+    on = f" on {os.cpu_count()} cores of {platform.processor() or platform.machine()}" if name == "cpu" else ""
+    how = f"partition calibrate{' --quick' if quick else ''}{on}, {time.strftime('%Y-%m-%d')}"
     return Profile("this machine", how, name, True, versions, tuple(kernels), links, read, write)
 
 
