@@ -216,8 +216,6 @@ def main() -> int:
     plan = _plan(case, told["model"])
     time_ = plan.time(told["profile"], case.backend, threads)
     peak = plan.cost.peak_together if case.backend == "lockstep" else plan.cost.peak.max()
-    if case.share is not None:  # slabs fill the output's array as they go, whole shards when all else is gone
-        peak += _output_bytes(plan)
     forecast = Figures(int(peak), int(plan.cost.sent.sum()), int(plan.cost.messages.sum()), time_.seconds,
                        float((time_.compute + time_.communication).sum()) * threads)
     volume = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -232,7 +230,7 @@ def main() -> int:
                                 sum(r.messages for r in report.ranks), max(r.seconds for r in report.ranks),
                                 _cpu_seconds(case) - before))
     steady = runs[1:]
-    measured = Figures(max(r.peak for r in runs), steady[-1].sent, steady[-1].messages,
+    measured = Figures(max(r.peak for r in steady), steady[-1].sent, steady[-1].messages,
                        statistics.median(r.seconds for r in steady), statistics.median(r.cpu for r in steady))
     sys.stdout.write(json.dumps({"forecast": asdict(forecast), "measured": asdict(measured)}))
     return 0
@@ -250,10 +248,6 @@ def _plan(case: Forecast, model: str) -> pt.Plan:
             raise
     held = float(found[1]) * (2**30 if found[2] == "GiB" else 2**20)
     return pt.partition(model, mesh=case.mesh, memory=int(held + case.share * whole.cost.peak.max()))
-
-
-def _output_bytes(plan: pt.Plan) -> int:
-    return sum(4 * int(np.prod(v.shape.numpy())) for v in plan.model.graph.outputs)
 
 
 def _cpu_seconds(case: Forecast) -> float:

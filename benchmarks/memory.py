@@ -36,7 +36,7 @@ class Peak:
     private: dict[int, int]
 
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 22)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
 """Settings of glibc's allocator, as variables of the environment: large blocks go back when they are freed."""
 
 

@@ -65,5 +65,5 @@ def summary(profile: Profile) -> str:
     rates = ", ".join(f"{k.flops['float32'] / 1e9:.0f} GFLOP/s on {k.threads} thread{'s' if k.threads > 1 else ''}"
                       for k in profile.kernels)
     gloo, memory = profile.links["gloo"], profile.kernels[-1].bandwidth
-    return (f"{rates}; {memory / 1e9:.1f} GB/s to fresh memory; gloo {gloo.latency * 1e3:.2f} ms and "
+    return (f"{rates}; {memory / 1e9:.1f} GB/s copied; gloo {gloo.latency * 1e3:.2f} ms and "
             f"{gloo.bandwidth / 1e9:.1f} GB/s")

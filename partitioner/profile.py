@@ -60,7 +60,7 @@ class Kernels:
         flops: operations per second by element type (`float32`, ...) that kernels reach.
         bandwidth: bytes per second, read and written, that kernels reach in memory.
         lanes: output channels that a convolution computes at once; others are filled up.
-        curves: by kind of kernel seconds over bytes read and written, fresh memory for the result included.
+        curves: by kind of kernel seconds over bytes read and written.
         grids: by family (`conv`, `transposed`, `depthwise`) operations per second of convolutions.
     """
 

@@ -56,7 +56,7 @@ class Extent:
 
 
 # Twice somewhat less and more than 4 MiB: larger results lie in memory whose pages have to be taken first.
-FULL = Extent(0.006, 1e9, 150e6, (16 * KIB, 128 * KIB, MIB, 4 * MIB, 7680 * KIB, 9 * MIB, 32 * MIB, 128 * MIB),
+FULL = Extent(0.006, 32e9, 300e6, (16 * KIB, 128 * KIB, MIB, 4 * MIB, 7680 * KIB, 9 * MIB, 32 * MIB, 128 * MIB),
               (64, 512, 4096, 32768, 262144, 2097152), ((1, 4, 16, 64, 256), (1, 16, 64, 256)),
               (64, 4 * KIB, 64 * KIB, 512 * KIB, 4 * MIB, 16 * MIB), 64 * MIB)
 QUICK = Extent(0.002, 0.5e9, 80e6, (16 * KIB, MIB, 7680 * KIB, 9 * MIB, 32 * MIB),
