@@ -19,7 +19,7 @@ from runtime.program import storage_order
 LARGE = 4 << 20
 """Bytes from which a tensor's memory is taken here; the C library keeps smaller blocks by itself."""
 
-_HUGE = 2 << 20
+LARGE_PAGE = 2 << 20
 """Bytes of a large page on most machines."""
 
 
@@ -28,12 +28,12 @@ class _Pages:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._mapping = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._mapping = mmap.mmap(-1, nbytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
-        self._start = -address % _HUGE
-        large = nbytes // _HUGE * _HUGE
-        if large and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE, self._start, large)
+        self._start = -address % LARGE_PAGE
+        large = nbytes // LARGE_PAGE * LARGE_PAGE
+        if large and hasattr(mmap, "MADVLARGE_PAGEPAGE"):
+            self._mapping.madvise(mmap.MADVLARGE_PAGEPAGE, self._start, large)
 
     def lend(self) -> memoryview:
         """The memory, for one tensor at a time; it lives as long as the tensor's."""

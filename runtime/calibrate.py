@@ -141,6 +141,7 @@ def _kernels(device: torch.device, threads: int, extent: Extent, points: Sequenc
         shape = (1, 4, *block(size / 32))
         curves.setdefault("reorder", {})[8 * math.prod(shape)] = gauge.reorder_seconds(shape)
     launch = min(min(times.values()) for times in curves.values())
+    curves["pages"] = {float(size): gauge.page_seconds(size) for size in extent.sizes}
     axes = _axes(extent)
     return Kernels(
         threads=threads,

@@ -111,6 +111,17 @@ class Gauge:
 
         return self.usual(work, give_heap_back)
 
+    def page_seconds(self, nbytes: int) -> float:
+        """The usual time in which the system gives the pages of a resting buffer, as its cells are first written."""
+        spec = BufferSpec("x", Box.whole((1, 1, max(1, nbytes // 4096), 32, 32)), ir.DataType.FLOAT, "resting", 2)
+        storage = storage_on(self.device, "channels_last")
+        used = allocate_buffer(spec, self.device, storage, False)
+
+        def work() -> None:
+            allocate_buffer(spec, self.device, storage, False).zero_()
+
+        return max(1e-9, self.usual(work) - self.usual(used.zero_))
+
     def usual(self, work: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> float:
         """The lower quartile of the times of some work; what is done after it is not timed."""
         times: list[float] = []

@@ -15,7 +15,7 @@ import torch
 from partitioner.errors import ExecutionError
 from partitioner.geometry import Interval
 from partitioner.ops.dtypes import torch_dtype
-from runtime.arena import LARGE, Arena
+from runtime.arena import LARGE, LARGE_PAGE, Arena
 from runtime.program import MAPPED_FROM, BufferSpec, Window, storage_order
 
 
@@ -58,6 +58,8 @@ def _map(spec: BufferSpec, dtype: torch.dtype, storage: str) -> torch.Tensor:
         pages = _map_file(count * dtype.itemsize)
     else:
         pages = _Mapping(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if spec.nbytes >= _LARGE_PAGES * LARGE_PAGE * spec.runs(order)[1] and hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
     stored = torch.frombuffer(pages, dtype=dtype, count=count).view([spec.box.shape[a] for a in order])
     tensor = stored.permute([order.index(a) for a in range(len(order))])
     _PAGES[tensor.data_ptr()] = pages
@@ -81,6 +83,9 @@ def _map_file(nbytes: int) -> _Mapping:
 
 _PAGES: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
 """The mappings that are alive, by the address of their first value."""
+
+_LARGE_PAGES = 16
+"""Large pages in every run of a resting buffer, from which on it is filled by such: one more or less is little then."""
 
 _PARTS = 64
 """In how many parts a resting buffer is filled again."""

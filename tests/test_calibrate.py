@@ -34,7 +34,7 @@ def test_a_calibration_is_a_profile_that_survives_a_file(tiny, tmp_path) -> None
     assert found.measured and found.versions["torch"] == torch.__version__
     (kernels,) = found.kernels
     assert kernels.threads == 1
-    assert set(kernels.curves) == {*KINDS, "reorder"}
+    assert set(kernels.curves) == {*KINDS, "reorder", "pages"}
     assert set(kernels.grids) == set(CONVOLUTIONS)
     assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))
     assert {count for _, count, _ in seen} == {len(seen)}

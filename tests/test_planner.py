@@ -227,7 +227,7 @@ def test_deep_layers_are_computed_by_all_where_messages_cost_more() -> None:
     asked = {"devices": 2, "mesh": "depth=2", "backend": "gloo"}
     plan = check_exact(pyramid((1, 2, 48, 48, 48)), profile=SLOW, **asked)
     assert chosen(plan).form.steering.pinned and "layers on all ranks" in chosen(plan).note
-    plain = chosen(check_exact(pyramid((1, 2, 64, 64, 64)), profile=FREE, **asked)).form.steering
+    plain = chosen(check_exact(pyramid((1, 2, 96, 96, 96)), profile=FREE, **asked)).form.steering
     assert not plain.pinned and not plain.deepened
 
 
