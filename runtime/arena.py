@@ -32,8 +32,8 @@ class _Pages:
         address = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
         self._start = -address % LARGE_PAGE
         large = nbytes // LARGE_PAGE * LARGE_PAGE
-        if large and hasattr(mmap, "MADVLARGE_PAGEPAGE"):
-            self._mapping.madvise(mmap.MADVLARGE_PAGEPAGE, self._start, large)
+        if large and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._mapping.madvise(mmap.MADV_HUGEPAGE, self._start, large)
 
     def lend(self) -> memoryview:
         """The memory, for one tensor at a time; it lives as long as the tensor's."""
