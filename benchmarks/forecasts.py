@@ -177,7 +177,7 @@ def table(found: dict[Forecast, tuple[Figures, Figures]], failed: dict[Forecast,
     """Measured figures per case, forecast over measured, and the median of how far off they are."""
     shown = Table(title="forecast against measurement", box=SIMPLE_HEAD, title_justify="left", caption_justify="left",
                   caption="ratios are forecast / measured; seconds are wall time of the slowest rank, CPU time that of "
-                          "all processes; peak: activations, for slabs the output array too, in the largest process")
+                          "all processes; peak: activations in the largest process, after its first run")
     for column in ("case", "peak MB", "ratio", "sent MB", "messages", "seconds", "ratio", "CPU s", "ratio"):
         shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for case, (forecast, measured) in found.items():
