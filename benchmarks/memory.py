@@ -37,7 +37,7 @@ class Peak:
 
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
-"""Settings of glibc's allocator, as variables of the environment: large blocks go back when they are freed."""
+"""Settings of glibc's allocator, as variables of the environment: those that `partition run` makes for itself."""
 
 
 def give_back_memory() -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from benchmarks.__main__ import main
 from benchmarks.forecasts import _NETWORKS, CASES, Figures, deviation, table
+from benchmarks.memory import ALLOCATOR
+from runtime.allocator import MAPPED_FROM
 
 
 def figures(seconds: float) -> Figures:
@@ -43,3 +45,8 @@ def test_bad_options_are_refused(words: list[str], said: str, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert main(["forecast", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_cases_run_under_the_allocator_of_the_command() -> None:
+    """Benchmarks do not import the runtime, so that its thresholds stand there again."""
+    assert {"MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM), "MALLOC_TRIM_THRESHOLD_": str(2 * MAPPED_FROM)} == ALLOCATOR
