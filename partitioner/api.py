@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from partitioner.profile import Link, Profile
     from partitioner.timing import PlanTime
     from partitioner.training_cost import Optimiser, TrainingCost
+    from partitioner.training_report import TrainingReport
     from partitioner.training_time import TrainingTime
     from runtime.training.module import PartitionedModule
 
@@ -98,6 +99,10 @@ def partition(  # noqa: PLR0913 (the words of the command)
         PartitionError: when the model cannot be read or cannot be kept exact; every reason is listed.
     """
     trains = train is not False
+    if isinstance(train, str):
+        from partitioner.training_cost import known_optimiser
+
+        known_optimiser(train)
     if trains and devices is None and example is None and not _is_module(model):
         raise PartitionError("train=True exports a torch module with an example input, or chooses a mesh for training "
                              "with devices; a model in a file trains as it is: pt.partition(model, ...).module()")
@@ -402,6 +407,26 @@ class Plan:
         found = profile if isinstance(profile, Profile) else Profile.find(profile)
         run = plan_time(self._training, plan_cost(self._training), found, backend, threads)
         return training_time(run, self.training_cost(checkpoint), found)
+
+    def training_report(self, optimiser: Optimiser = "adam", profile: Profile | str | Path | None = None,
+                        backend: str = "lockstep") -> TrainingReport:
+        """What a training step takes on the rank that takes most, with all activations kept and with few.
+
+        Args:
+            optimiser: as in `training_cost`.
+            profile, backend: as in `time`.
+
+        Returns:
+            rows; `render()` for a table, `to_dict()` for programs.
+
+        Raises:
+            PartitionError: as `training_cost` and `training_time`.
+        """
+        from partitioner.profile import Profile
+        from partitioner.training_report import training_report
+
+        found = profile if isinstance(profile, Profile) else Profile.find(profile)
+        return training_report(self._training, optimiser, found, backend)
 
     @property
     def _trainable(self) -> ir.Model:

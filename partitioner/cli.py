@@ -203,12 +203,11 @@ def _training_step(plan: Plan, options: argparse.Namespace) -> TrainingReport:
     """What a training step of the plan takes."""
     from partitioner.planning import usual_transport
     from partitioner.profile import Profile
-    from partitioner.training_report import training_report
 
     profile = Profile.find(options.profile)
     chosen = None if plan.choice is None else plan.choice.goal.transport
     transport = options.backend or chosen or usual_transport(profile, plan.mesh.size)
-    return training_report(plan, options.train, profile, transport)
+    return plan.training_report(options.train, profile, transport)
 
 
 def _report(options: argparse.Namespace) -> int:

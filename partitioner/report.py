@@ -185,6 +185,14 @@ def size_text(count: float) -> str:
     raise AssertionError
 
 
+def seconds_text(value: float) -> str:
+    """A time with three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
 def render(model: ir.Model, cost: PlanCost) -> Group:
     """The plan as tables: nodes, ranks, totals, and what is gathered or replicated."""
     return Group(_node_table(cost), _rank_table(cost), *_remarks(model, cost))

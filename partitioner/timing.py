@@ -11,6 +11,7 @@ Figures are arrays of the mesh's shape, as those of `partitioner.cost`: 4096 ran
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,11 +104,23 @@ class PlanTime:
         return sum(figures, start=np.zeros(self.mesh.shape))
 
 
-def is_in_cache(maker: ir.Node | None, buffer_of: Mapping[str, str]) -> bool:
-    """Whether what works in place on a node's result does so while a block of it is in cache."""
-    while maker is not None and not starts(operator_of(maker)):
-        maker = joined_to(maker, buffer_of)
-    return maker is not None
+def is_in_cache(node: ir.Node, buffer_of: Mapping[str, str], before: Mapping[ir.Node, ir.Node]) -> bool:
+    """Whether a node works in place on a result while a block of it is in cache, as the runtime fuses steps.
+
+    Args:
+        before: for every node the one that runs before it.
+    """
+    maker = joined_to(node, buffer_of)
+    while maker is not None and before.get(node) is maker:
+        if starts(operator_of(maker)):
+            return True
+        node, maker = maker, joined_to(maker, buffer_of)
+    return False
+
+
+def order_of(model: ir.Model) -> dict[ir.Node, ir.Node]:
+    """For every node of a graph but the first the one that runs before it."""
+    return {after: before for before, after in itertools.pairwise(model.graph)}
 
 
 def threads_of_rank(profile: Profile, transport: str, ranks: int, threads: int | None = None) -> int | None:
@@ -152,6 +165,7 @@ class _Clock:
         self.model, self.mesh, self.profile, self.transport, self.link = model, mesh, profile, transport, link
         self.kernels: Kernels = profile.for_threads(threads_of_rank(profile, transport, mesh.size, threads))
         self.lifetimes: Lifetimes = find_lifetimes(model)
+        self.before = order_of(model)
         self.turns = count_turns(model)
         self.rests: dict[ir.Value, Rest] = find_rests(model)
         self.posted = {e for overlap in self.lifetimes.overlaps.values() for e in overlap.exchanges}
@@ -206,7 +220,7 @@ class _Clock:
                for layout, v in zip(layouts, node.inputs, strict=True)]
         outs = [cells(dialect.get_layout(v), self.mesh) * share for v in node.outputs]
         operator, maker = operator_of(node), joined_to(node, self.lifetimes.buffer_of)
-        if is_in_cache(maker, self.lifetimes.buffer_of):
+        if is_in_cache(node, self.lifetimes.buffer_of, self.before):
             return count * (self.zero + self.kernels.step)
         once = kernel_seconds(self.kernels, operator, ins, outs, in_place=maker is not None)
         if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
@@ -398,11 +412,3 @@ def _is_dense(node: ir.Node) -> bool:
 def _dtype(value: ir.Value) -> ir.DataType:
     assert value.dtype is not None
     return value.dtype
-
-
-def seconds_text(value: float) -> str:
-    """A time with three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"

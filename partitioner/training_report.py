@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import onnx_ir as ir
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from partitioner.report import size_text
-from partitioner.timing import seconds_text
-
-if TYPE_CHECKING:
-    from partitioner.api import Plan
-    from partitioner.profile import Profile
-    from partitioner.training_cost import Optimiser
+from partitioner.cost import plan_cost
+from partitioner.profile import Profile
+from partitioner.report import seconds_text, size_text
+from partitioner.timing import plan_time
+from partitioner.training_cost import Optimiser, training_cost
+from partitioner.training_time import training_time
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrainingReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for programs."""
         return {"optimiser": self.optimiser, "profile": self.profile, "transport": self.transport,
-                "steps": [vars(row) for row in self.rows]}
+                "steps": [asdict(row) for row in self.rows]}
 
     def render(self) -> Group:
         """A table, and what it is about."""
@@ -65,16 +65,17 @@ class TrainingReport:
                                  f"messages over {self.transport}."))
 
 
-def training_report(plan: Plan, optimiser: Optimiser, profile: Profile, transport: str) -> TrainingReport:
-    """What a step of a plan takes; the arguments are those of `Plan.training_time`.
+def training_report(plan: ir.Model, optimiser: Optimiser, profile: Profile, transport: str) -> TrainingReport:
+    """What a step takes of a plan that was compiled for training.
 
     Raises:
-        PartitionError: when the plan came from a file.
+        PartitionError: when the profile does not know the transport.
     """
+    run = plan_time(plan, plan_cost(plan), profile, transport)
     rows: list[TrainingRow] = []
     for checkpoint in (False, True):
-        cost = plan.training_cost(checkpoint, optimiser)
-        time = plan.training_time(profile, transport, checkpoint=checkpoint)
+        cost = training_cost(plan, checkpoint, optimiser)
+        time = training_time(run, cost, profile)
         sums = 2 * (cost.mesh.size - 1) * cost.buckets
         rows.append(TrainingRow(checkpoint, time.seconds, int(cost.kept.max()), int(cost.peak.max()),
                                 int(cost.total.max()), int(cost.sent.max()) + cost.summed,

@@ -55,7 +55,7 @@ class Extent:
     file: int
 
 
-# Twice somewhat less and more than 4 MiB: larger results lie in memory whose pages have to be taken first.
+# Twice somewhat less and more than 4 MiB: larger results of kernels that cannot write to given memory take pages anew.
 FULL = Extent(0.006, 32e9, 300e6, (16 * KIB, 128 * KIB, MIB, 4 * MIB, 7680 * KIB, 9 * MIB, 32 * MIB, 128 * MIB),
               (64, 512, 4096, 32768, 262144, 2097152), ((1, 4, 16, 64, 256), (1, 16, 64, 256)),
               (64, 4 * KIB, 64 * KIB, 512 * KIB, 4 * MIB, 16 * MIB), 64 * MIB)
@@ -141,7 +141,8 @@ def _kernels(device: torch.device, threads: int, extent: Extent, points: Sequenc
         shape = (1, 4, *block(size / 32))
         curves.setdefault("reorder", {})[8 * math.prod(shape)] = gauge.reorder_seconds(shape)
     launch = min(min(times.values()) for times in curves.values())
-    curves["pages"] = {float(size): gauge.page_seconds(size) for size in extent.sizes}
+    if device.type == "cpu":
+        curves["pages"] = {float(size): gauge.page_seconds(size) for size in extent.sizes}
     axes = _axes(extent)
     return Kernels(
         threads=threads,

@@ -170,9 +170,9 @@ def all_meshes(proto: onnx.ModelProto, devices: int) -> list[Mesh]:
 
 def is_fine(proto: onnx.ModelProto, mesh: Mesh) -> bool:
     """Whether every shard of every value has some cells, so that what all of them do is what the largest does."""
-    seeds = laid_out_everywhere(prepare(load_model(proto), {}).model)
-    layouts = [get_layout(v) for node in seeds.graph for v in node.outputs]
-    return all(split is None or mesh.count(split.mesh_axis) == 1 or n >= 3 * mesh.count(split.mesh_axis)
+    plan = prepare(load_model(proto), {}).lay_out(mesh)
+    layouts = [get_layout(v) for v in (*plan.graph.inputs, *(v for node in plan.graph for v in node.outputs))]
+    return all(split is None or (n >= 3 * mesh.count(split.mesh_axis) and min(split.extents) > 0)
                for layout in layouts for n, split in zip(layout.shape, layout.axes, strict=True))
 
 

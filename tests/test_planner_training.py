@@ -124,8 +124,20 @@ def test_pinned_layers_train_as_all_others_do(words: str) -> None:
 def test_optimisers_are_known_or_refused() -> None:
     with pytest.raises(pt.PartitionError, match="optimiser 'lion' is unknown; use none, sgd, momentum, adam"):
         pt.partition(pyramid(SHAPE), devices=2, train="lion")
+    with pytest.raises(pt.PartitionError, match="optimiser 'lion' is unknown"):
+        pt.partition(normed(), torch.zeros(1, 1, 8, 8, 8), train="lion")  # also where no mesh is chosen
     with pytest.raises(pt.PartitionError, match="a model in a file trains as it is"):
         pt.partition(pyramid(SHAPE), train=True)
+
+
+def test_the_report_has_the_figures_of_cost_and_time() -> None:
+    plan = pt.partition(pyramid(SHAPE), mesh="depth=2")
+    report = plan.training_report("momentum", CPU, "gloo")
+    for checkpoint, row in zip((False, True), report.rows, strict=True):
+        cost = plan.training_cost(checkpoint, "momentum")
+        assert (row.checkpoint, row.total_bytes, row.kept_bytes) == (checkpoint, cost.total.max(), cost.kept.max())
+        assert row.seconds == plan.training_time(CPU, "gloo", checkpoint=checkpoint).seconds
+    assert json.loads(json.dumps(report.to_dict()))["optimiser"] == "momentum"
 
 
 @pytest.fixture

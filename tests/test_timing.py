@@ -92,6 +92,18 @@ def test_depth_first_takes_turns(sources) -> None:
     assert any(not rest.is_kept for rest in moved.values())
 
 
+def test_only_what_runs_right_after_its_maker_finds_it_in_cache(sources) -> None:
+    """Normalize works in place on a convolution's result, but after the statistics of all of it were merged."""
+    steps = {s.node: s for s in timed(sources["instance"], "depth=2").steps if s.node is not None}
+    step = PROFILE.for_threads(1).step
+    seconds = {kind: [float(s.compute.min()) for n, s in steps.items() if n.op_type == kind]
+               for kind in ("Normalize", "LeakyRelu")}
+    assert seconds["Normalize"] and all(found > 2 * step for found in seconds["Normalize"])
+    fused = [float(s.compute.max()) for s in timed(sources["batch"]).steps
+             if s.node is not None and s.node.op_type == "LeakyRelu"]
+    assert fused and all(found == pytest.approx(step) for found in fused)
+
+
 def test_larger_volumes_and_slower_machines_never_take_less_time(sources) -> None:
     found = []
     for n in (16, 20, 24, 32, 40):

@@ -33,7 +33,7 @@ from partitioner.maps import AxisMap
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
 from partitioner.profile import Kernels, Profile
-from partitioner.timing import LOCKSTEP, MERGE_CALLS, is_in_cache, threads_of_rank
+from partitioner.timing import LOCKSTEP, MERGE_CALLS, is_in_cache, order_of, threads_of_rank
 
 _PARTIAL = 8
 """Bytes of a partial result, at least."""
@@ -83,9 +83,12 @@ class Estimates:
         """
         nodes = list(self.model.graph)
         last = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
-        live = sum((self._bytes(v) for v in self.model.graph.inputs if v in last), start=np.zeros(len(self.meshes)))
-        most = live
+        waiting = set(self.model.graph.inputs).intersection(last)  # those that no node has asked for yet
+        live = most = np.zeros(len(self.meshes))
         for index, node in enumerate(nodes):
+            read = {v for v in node.inputs if v in waiting}
+            waiting -= read
+            live = live + self._sum_of(read)
             gone = {v for v in (*node.inputs, *node.outputs) if v is not None and last.get(v, index) == index
                     and v.const_value is None and _is_made(v)}
             places = {self._buffers.get(str(v.name)) for v in node.outputs}
@@ -136,7 +139,7 @@ class Estimates:
         ins = [None if v is None else self._cells(v) for v in node.inputs]
         outs = [self._cells(v) for v in node.outputs]
         operator, maker = operator_of(node), joined_to(node, self._buffers)
-        cached = is_in_cache(maker, self._buffers)
+        cached = is_in_cache(node, self._buffers, self._before)
         total = np.zeros(len(self.meshes))
         for threads, where in self._threads:
             kernels = self.profile.for_threads(threads)
@@ -162,6 +165,10 @@ class Estimates:
         return find_lifetimes(self.model).buffer_of
 
     @cached_property
+    def _before(self) -> Mapping[ir.Node, ir.Node]:
+        return order_of(self.model)
+
+    @cached_property
     def _kernels(self) -> Kernels:
         """The fastest that any of the meshes has."""
         return self.profile.for_threads(self.threads)
@@ -184,7 +191,7 @@ class Estimates:
         held, neighbours = np.ones(len(self.meshes)), np.ones(len(self.meshes))
         total, packs = np.zeros(len(self.meshes)), np.zeros(len(self.meshes))
         for axis, split in enumerate(layout.axes):
-            if split is None:
+            if split is None or layout.shape[axis] == 1:  # which no mesh splits
                 continue
             peers, halo = self._count(split.mesh_axis) - 1, _halo(value, axis)
             if halo is None:
@@ -239,17 +246,22 @@ def _halo(value: ir.Value, axis: int) -> tuple[int, int] | None:
     return before, after
 
 
-_ALIGNED = 16
-"""Cuts at multiples of this are aligned to most strides."""
+_STEPS = (1, 2, 3, 4, 8, 16)
+"""Cuts at multiples of one of these are aligned to most strides."""
 
 
 def _reach(found: AxisMap, extent: int, extent_out: int) -> tuple[int, int]:
-    """How far beyond a cut in the middle an output's cells on either side of it need their input.
+    """How far beyond a cut near the middle an output's cells on either side of it need their input, at least.
 
         input   ..........cut..........      before: cells left of the cut that outputs right of it need
         output    ......  follow(cut)  ......
     """
-    cut = extent // 2 // _ALIGNED * _ALIGNED or extent // 2
+    middle = extent // 2
+    cuts = {middle // step * step for step in _STEPS} | {middle + 1}
+    return min((_reach_of(found, cut, extent_out) for cut in sorted(cuts) if 0 < cut < extent), key=sum, default=(0, 0))
+
+
+def _reach_of(found: AxisMap, cut: int, extent_out: int) -> tuple[int, int]:
     place = min(max(found.follow(cut), 0), extent_out)
     right, left = found.needed(Interval(place, extent_out)), found.needed(Interval(0, place))
     return (max(0, cut - min((p.start for p in right), default=cut)),

@@ -16,8 +16,8 @@ from partitioner.errors import PartitionError
 from partitioner.mesh import Mesh
 from partitioner.page import Alternative
 from partitioner.planner.choice import Choice, Way
-from partitioner.report import halo_widths, short_layout, size_text
-from partitioner.timing import StepTime, seconds_text
+from partitioner.report import halo_widths, seconds_text, short_layout, size_text
+from partitioner.timing import StepTime
 
 MOST_ROWS = 12
 """Ways that tables show."""
@@ -144,8 +144,9 @@ def explain_node(choice: Choice, name: str) -> str:
     node, output = step.node, step.node.outputs[0]
     lines = [f"{node.name} ({node.op_type}): {output.name} {short_layout(dialect.get_layout(output))}"]
     lines += [f"  reads {text}" for text in _arrivals(choice.chosen, node)]
-    lines.append(f"  {_figures(step)} on the slowest rank, in {choice.chosen.words}")
-    lines += [f"  {_figures(other)} in {way.words}" for way in choice.others[:MOST_ROWS]
+    forward = "" if choice.goal.optimiser is None else "forward "
+    lines.append(f"  {forward}{_figures(step)} on the slowest rank, in {choice.chosen.words}")
+    lines += [f"  {forward}{_figures(other)} in {way.words}" for way in choice.others[:MOST_ROWS]
               if (other := _step_of(way, str(output.name))) is not None]
     return "\n".join(lines)
 

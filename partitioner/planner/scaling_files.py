@@ -17,8 +17,7 @@ from rich.table import Table
 from partitioner.errors import refuse_all
 from partitioner.loader import write_bytes
 from partitioner.planner.scaling import Largest, Row, Scaling, Size, size_words
-from partitioner.report import size_text
-from partitioner.timing import seconds_text
+from partitioner.report import seconds_text, size_text
 
 COLUMNS = ("devices", "size", "mesh", "seconds", "speedup", "efficiency", "weak_efficiency", "memory_bytes", "fits",
            "sent_bytes", "messages", "transport", "note")

@@ -28,10 +28,11 @@ from partitioner.planner.estimate import Estimates
 from partitioner.planner.explain import mesh_text
 from partitioner.planner.meshes import meshes_of
 from partitioner.planner.replicate import Stretches, seconds_by_node, subsets
+from partitioner.report import seconds_text
 from partitioner.rolling import SMALL
 from partitioner.schedules import THINNEST_SLAB, Candidate, fastest, fit
 from partitioner.strips import CutPoints, Prices
-from partitioner.timing import PlanTime, plan_time, seconds_text, threads_of_rank
+from partitioner.timing import PlanTime, plan_time, threads_of_rank
 from partitioner.training_cost import WORDS, parameter_bytes, training_cost
 from partitioner.training_time import training_time
 from passes.assign_shards import AssignShards
