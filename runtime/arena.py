@@ -1,16 +1,15 @@
 """Memory of large tensors: taken from the system in large pages, and handed on from tensor to tensor.
 
 New memory costs: the system clears every page at its first touch, 4 KiB at a time, which takes as long as a pointwise
-kernel.  Memory that a tensor gives up is kept for the next one of its size, as long as what is kept and what is alive
-stay within what the program needs at its peak anyway.
+kernel.  Memory that a tensor gives up is kept for the next one of its size, also from run to run, as long as what is
+kept and what is alive stay within what the program needs at its peak anyway.
 """
 
 from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -41,7 +40,7 @@ class _Pages:
 
 
 class Arena:
-    """Memory that large tensors of one process hand on."""
+    """Memory that large tensors of one process hand on; what is kept goes with the arena."""
 
     def __init__(self) -> None:
         self._kept: list[_Pages] = []
@@ -51,14 +50,6 @@ class Arena:
     def kept(self) -> int:
         """Bytes that no tensor uses at the moment."""
         return sum(pages.nbytes for pages in self._kept)
-
-    @contextmanager
-    def open(self) -> Generator[None]:
-        """Keep memory within a block only."""
-        try:
-            yield
-        finally:
-            self.keep(0)
 
     def keep(self, room: int) -> None:
         """Keep so many bytes at most from now on; what has been kept longest goes first."""

@@ -151,7 +151,7 @@ class Executor:
         self.under_way.clear()
         order, arena = self._order(), self.shards[0].arena
         turns, spare = order.turns, order.spare
-        with torch.inference_mode(), arena.open():
+        with torch.inference_mode():
             for index, (number, places) in enumerate(turns[first:], first + 1):
                 arena.keep(spare[index - 1])
                 steps = [(self.shards[place], self.shards[place].program.steps[number]) for place in places]
@@ -163,6 +163,11 @@ class Executor:
                     progress(index, len(turns), steps[0][1].action.name)
                 if after is not None and index < len(turns) and not self.under_way:
                     after(index)
+
+    @property
+    def kept(self) -> int:
+        """Bytes that no buffer uses at the moment, kept for those of the next run."""
+        return sum(arena.kept for arena in {id(s.arena): s.arena for s in self.shards}.values())
 
     def _order(self) -> _Order:
         """The turns of the programs that the shards have, found once for all runs of them."""

@@ -24,15 +24,19 @@ def anonymous_memory() -> int:
 class PeakMemory:
     """Samples memory while a block runs.
 
+    Args:
+        kept: bytes that the process holds for the block already.
+
     Attributes:
-        before: bytes in use at the start.
+        before: bytes in use at the start, beside those kept for the block.
         peak: most bytes in use at any sample.
     """
 
-    def __init__(self, device: torch.device, interval: float = 0.002) -> None:
+    def __init__(self, device: torch.device, kept: int = 0, interval: float = 0.002) -> None:
         self.before = 0
         self.peak = 0
         self._device = device
+        self._kept = kept
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -48,7 +52,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.before = torch.cuda.memory_allocated(self._device)
             return self
-        self.before = self.peak = anonymous_memory()
+        self.peak = anonymous_memory()
+        self.before = max(0, self.peak - self._kept)
         self._thread.start()
         return self
 

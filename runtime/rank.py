@@ -135,7 +135,7 @@ class RankRunner:
                 self._overlap(sources, writers, stack, shard.program, files.first)
             before = dict(self._transport.traffic.sent), dict(self._transport.traffic.messages)
             start = time.perf_counter()
-            with PeakMemory(self.device) as memory:
+            with PeakMemory(self.device, self._executor.kept) as memory:
                 feed, drain = SharedFeed(sources, boxes, self._counted), FileDrain(writers)
                 if files.saving is None:
                     self._executor.run(feed, drain, progress)

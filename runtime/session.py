@@ -152,7 +152,7 @@ class LockstepRunner:
         traffic = self.transport.traffic
         before = dict(traffic.sent), dict(traffic.messages)
         start = time.perf_counter()
-        with PeakMemory(self._devices[0]) as memory, cpu_threads(self._options[2]):
+        with PeakMemory(self._devices[0], self._executor.kept) as memory, cpu_threads(self._options[2]):
             try:
                 guarded(lambda: self._execute(feed, drain, progress, saving))
             finally:

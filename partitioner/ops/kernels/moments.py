@@ -62,8 +62,11 @@ def _moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
     return count, mean, squares.sum(first, keepdim=True) + between * per_slice
 
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 """Cells whose deviations are squared at once: they stay in the cache."""
+
+_ROW = 256
+"""Cells of a row at most, made of the channels of as many cells as fit: kernels are slow on short rows."""
 
 
 def _has_channels_innermost(x: torch.Tensor, axes: Sequence[int]) -> bool:
@@ -74,19 +77,25 @@ def _has_channels_innermost(x: torch.Tensor, axes: Sequence[int]) -> bool:
 
 def _of_slices(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and M2 of every case, channel and slice along the first spatial axis: torch's variance is slow there."""
-    slices = x.movedim(1, -1).flatten(2, -2)  # case, slice, cell, channel
-    means = slices.mean(2, keepdim=True)
-    squares = torch.empty_like(means)
-    step = max(1, _BLOCK // max(1, slices.shape[2] * slices.shape[3]))
-    room = torch.empty((min(step, slices.shape[1]), *slices.shape[2:]), dtype=x.dtype)
-    for case in range(slices.shape[0]):
-        for start in range(0, slices.shape[1], step):
-            block = slice(start, start + step)
-            part = slices[case, block]
-            deviation = torch.sub(part, means[case, block], out=room[: len(part)])
-            torch.sum(deviation.square_(), 1, keepdim=True, out=squares[case, block])
-    ends = (1,) * (x.dim() - 3)
-    return tuple(t.squeeze(2).movedim(-1, 1).unflatten(2, (-1, *ends)) for t in (means, squares))  # pyright: ignore
+    cases, channels, slices = x.shape[:3]
+    cells, side = _cells(x, range(3, x.dim())), 1
+    while 2 * side * channels <= _ROW and cells % (2 * side) == 0:
+        side *= 2
+    rows = x.movedim(1, -1).reshape(cases * slices, cells // side, side * channels)
+    means = _folded(rows.sum(1, keepdim=True), side) / cells
+    centres, squares = means.repeat(1, 1, side), torch.empty_like(rows[:, :1])
+    step = max(1, _BLOCK // (cells * channels))
+    room = torch.empty((min(step, len(rows)), *rows.shape[1:]), dtype=x.dtype)
+    for part, centre, found in zip(rows.split(step), centres.split(step), squares.split(step), strict=True):
+        deviation = torch.ops.aten.mse_loss.out(part, centre, 0, out=room[: len(part)])  # squared, one by one
+        torch.sum(deviation, 1, keepdim=True, out=found)
+    shape = (cases, slices, channels, *(1,) * (x.dim() - 3))
+    return tuple(t.reshape(shape).transpose(1, 2) for t in (means, _folded(squares, side)))  # pyright: ignore
+
+
+def _folded(sums: torch.Tensor, side: int) -> torch.Tensor:
+    """Sums per place in a row to sums per channel."""
+    return sums.unflatten(2, (side, -1)).sum(2) if side > 1 else sums
 
 
 def _centred(x: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
