@@ -9,6 +9,7 @@ inputs a block needs follows from the operators' maps, so that blocks are what s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -152,10 +153,19 @@ class Fused(Operator):
             yield out
             return
         rounds = -(-len(planes) // count)
+        cuts = [self._aligned(planes.start + len(planes) * n // rounds, count) for n in range(1, rounds)]
+        edges = sorted({planes.start, planes.stop, *(cut for cut in cuts if planes.start < cut < planes.stop)})
         for case in range(cases.start, cases.stop):
-            for number in range(rounds):
-                first, last = (planes.start + len(planes) * n // rounds for n in (number, number + 1))
+            for first, last in itertools.pairwise(edges):
                 yield Box((span(case, case + 1), out.axes[1], span(first, last), *out.axes[3:]))
+
+    def _aligned(self, plane: int, count: int) -> int:
+        """Where a block begins so that all that a transposed convolution makes of a plane is in one, if it fits."""
+        operator = self.parts[0].operator
+        window = operator.windows[0] if isinstance(operator, ConvTranspose) else None
+        if window is None or window.stride > count:
+            return plane
+        return plane - (plane + window.lo) % window.stride
 
 
 def _run(part: Part, call: Call, before: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor:
