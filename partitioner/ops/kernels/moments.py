@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from partitioner.ops.kernels.rows import as_slices, folded, rows_of, steady, suit, sums
 from partitioner.ops.kernels.threads import one_thread
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
     if not others:
         return (count, *_centred(x, (first,)))
     per_slice = _cells(x, others)
-    if _has_channels_innermost(x, axes):
+    if suit(x, axes):
         means, squares = _of_slices(x)
     else:
         variance, means = torch.var_mean(x, tuple(others), correction=0, keepdim=True)
@@ -65,37 +66,20 @@ def _moments(x: torch.Tensor, axes: Sequence[int]) -> Moments:
 _BLOCK = 1 << 19
 """Cells whose deviations are squared at once: they stay in the cache."""
 
-_ROW = 256
-"""Cells of a row at most, made of the channels of as many cells as fit: kernels are slow on short rows."""
-
-
-def _has_channels_innermost(x: torch.Tensor, axes: Sequence[int]) -> bool:
-    """Whether slices along the first spatial axis are dense matrices of cells by channels."""
-    return (x.device.type == "cpu" and x.dim() in (4, 5) and tuple(axes) == tuple(range(2, x.dim()))
-            and x[:1, :, :1].movedim(1, -1).is_contiguous() and not torch.is_grad_enabled())
-
 
 def _of_slices(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and M2 of every case, channel and slice along the first spatial axis: torch's variance is slow there."""
-    cases, channels, slices = x.shape[:3]
-    cells, side = _cells(x, range(3, x.dim())), 1
-    while 2 * side * channels <= _ROW and cells % (2 * side) == 0:
-        side *= 2
-    rows = x.movedim(1, -1).reshape(cases * slices, cells // side, side * channels)
-    means = _folded(rows.sum(1, keepdim=True), side) / cells
+    rows, side = rows_of(x)
+    cells = rows.shape[1] * side
+    means = sums(rows, side) / cells
     centres, squares = means.repeat(1, 1, side), torch.empty_like(rows[:, :1])
-    step = max(1, _BLOCK // (cells * channels))
+    step = max(1, _BLOCK // (rows.shape[1] * rows.shape[2]))
     room = torch.empty((min(step, len(rows)), *rows.shape[1:]), dtype=x.dtype)
-    for part, centre, found in zip(rows.split(step), centres.split(step), squares.split(step), strict=True):
-        deviation = torch.ops.aten.mse_loss.out(part, centre, 0, out=room[: len(part)])  # squared, one by one
-        torch.sum(deviation, 1, keepdim=True, out=found)
-    shape = (cases, slices, channels, *(1,) * (x.dim() - 3))
-    return tuple(t.reshape(shape).transpose(1, 2) for t in (means, _folded(squares, side)))  # pyright: ignore
-
-
-def _folded(sums: torch.Tensor, side: int) -> torch.Tensor:
-    """Sums per place in a row to sums per channel."""
-    return sums.unflatten(2, (side, -1)).sum(2) if side > 1 else sums
+    with steady(rows):
+        for part, centre, found in zip(rows.split(step), centres.split(step), squares.split(step), strict=True):
+            deviation = torch.ops.aten.mse_loss.out(part, centre, 0, out=room[: len(part)])  # squared, one by one
+            torch.sum(deviation, 1, keepdim=True, out=found)
+    return as_slices(means, x), as_slices(folded(squares, side), x)
 
 
 def _centred(x: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from partitioner.ops.base import (
 )
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.decomposing import cast, clip, number, squeezed, through_float, type_of, wide_type
+from partitioner.ops.kernels.rows import as_slices, rows_of, suit, sums
 from partitioner.ops.kernels.threads import one_thread
 from partitioner.ops.registry import register
 from partitioner.ops.standard.pool import lowest
@@ -295,6 +296,8 @@ def _core(kind: str, x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
     if not axes:
         return x
     first, *others = axes
+    if kind == "ReduceSum" and suit(x, axes):
+        return _over(kind, as_slices(sums(*rows_of(x)), x), [first])
     return _over(kind, _over(kind, x, others) if others else x, [first])
 
 
