@@ -44,7 +44,7 @@ LOCKSTEP = "lockstep"
 """The transport of ranks in one process, which compute one after the other."""
 
 MERGE_CALLS = 8
-"""Small kernels that merge one peer's partial result."""
+"""Small kernels that merge one peer's partial result, or one slab's."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ class _Clock:
         self.lifetimes: Lifetimes = find_lifetimes(model)
         self.before = order_of(model)
         self.turns = count_turns(model)
+        self.schedule = dialect.get_schedule(model)
         self.rests: dict[ir.Value, Rest] = find_rests(model)
+        self.first_readers = {v: node for node in reversed(model.graph) for v in node.inputs if v is not None}
         self.posted = {e for overlap in self.lifetimes.overlaps.values() for e in overlap.exchanges}
         self.under_way: list[_Flight] = []
         self.now = np.zeros(mesh.shape)
@@ -202,7 +204,9 @@ class _Clock:
         if dialect.is_communication(node):
             return self._meeting(step)
         turns = self.turns.get(node, Turns())
-        seconds = self._kernel(node, turns) + self._copies(node, turns)
+        seconds = self._kernel(node, turns) + self._copies(node, turns) + self._from_memory(node, turns)
+        if turns.count > 1 and self.schedule is not None and self.schedule.axis in dialect.get_partial(node):
+            seconds = seconds + turns.count * MERGE_CALLS * (self.kernels.launch + self.kernels.step)
         return self._passed(node, str(node.name), self.zero + seconds)
 
     def _passed(self, node: ir.Node | None, name: str, compute: FloatArray) -> StepTime:
@@ -258,6 +262,19 @@ class _Clock:
             return self.zero
         held = bytes_of(buffer.layout, buffer.dtype, self.mesh)
         return np.where(owned != held, self._one("pointwise", 2.0 * owned), 0.0)
+
+    def _from_memory(self, node: ir.Node, turns: Turns) -> FloatArray:
+        """What slabs of resting tensors take beyond what their size tells: they go to memory and come from there."""
+        nbytes = self.zero
+        for value in (*dict.fromkeys(v for v in node.inputs if v is not None), *node.outputs):
+            is_read = value.producer() is not node
+            rest = self.rests.get(value)
+            if rest is not None and rest.waits and not (is_read and self.first_readers[value] is node):
+                nbytes = nbytes + bytes_of(dialect.get_layout(value), _dtype(value), self.mesh)
+        if turns.count < 2 or not nbytes.any():
+            return self.zero
+        apart = turns.count * self._one("move", 2.0 * nbytes / turns.count)
+        return np.maximum(0.0, self._one("move", 2.0 * nbytes) - apart) / 2.0
 
     def _slides(self, value: ir.Value) -> bool:
         """Whether results go to their place in a buffer that is there from the first slab to the last."""
