@@ -118,13 +118,14 @@ def as_double(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def pipeline(mesh: Mesh, cuts: Cuts | None = None, shapes: Mapping[str, Sequence[int]] | None = None,
              storage: Storage = "channels_last", rolled: str | None = None, thickness: int = 1,
-             deepened: tuple[str, ...] = (), strips: tuple[str, ...] = ()) -> Pipeline:
+             deepened: tuple[str, ...] = (), strips: tuple[str, ...] = (),
+             pinned: Mapping[str, tuple[str, ...]] | None = None) -> Pipeline:
     """All passes."""
     chosen = {name: tuple(positions) for name, positions in (cuts or {}).items()}
     axes = () if rolled is None else (rolled,)
-    return Pipeline((Canonicalize(shapes or {}), KeepApart(mesh), AssignShards(mesh, chosen, axes), InsertReshards(),
-                     SplitReductions(), *((DeepenHalos(deepened),) if deepened else ()), InsertHaloExchanges(),
-                     MergeExchanges(), Schedule(storage, rolled, thickness, strips)))
+    return Pipeline((Canonicalize(shapes or {}), KeepApart(mesh), AssignShards(mesh, chosen, axes, pinned or {}),
+                     InsertReshards(), SplitReductions(), *((DeepenHalos(deepened),) if deepened else ()),
+                     InsertHaloExchanges(), MergeExchanges(), Schedule(storage, rolled, thickness, strips)))
 
 
 

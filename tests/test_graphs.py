@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
 
 from partitioner import dialect
 from partitioner.loader import load_model
+from partitioner.mesh import Mesh
 from partitioner.ops import registered
 from passes.base import Pass
 from passes.canonicalize import Canonicalize
 from passes.expand import expand
 from passes.keep_apart import KeepApart
+from passes.pipeline import Pipeline
 from passes.split_reductions import SplitReductions
 from tests.builder import Style, wide
 from tests.drawn import DRAWN, IN_FLOAT32, WITHOUT_RULE
-from tests.oracle import as_double, close, compile_plan, error, ort_bits, run_lockstep, run_ort
+from tests.oracle import as_double, close, compile_plan, error, ort_bits, pipeline, run_lockstep, run_ort
 from tests.strategies import Network, networks
 
 MANY = int(os.environ.get("PARTITIONER_GRAPHS", "3000"))
@@ -135,6 +139,22 @@ def test_nothing_is_gathered_in_a_fully_convolutional_network(network: Network) 
     check_float64(network)
     plan = compile_plan(network.model, network.mesh, network.cuts)
     assert [n.name for n in plan.graph if n.op_type == dialect.RESHARD] == []
+
+
+@settings(quick, max_examples=80)
+@given(networks(Style()), st.randoms(use_true_random=False))
+def test_graphs_with_pinned_layers(network: Network, random: Random) -> None:
+    """Any layers, computed by all ranks along any axes of the mesh."""
+    mesh, model = Mesh.parse(network.mesh), load_model(as_double(network.model))
+    names = [str(n.name) for n in Pipeline((Canonicalize({}), KeepApart(mesh))).run(model.clone()).graph]
+    axes = list(mesh.names)
+    pinned = {name: tuple(axes[: random.randint(1, len(axes))] if random.random() < 0.4 else [random.choice(axes)])
+              for name in random.sample(names, random.randint(1, len(names))) if axes}
+    note(f"{network} {pinned}")
+    plan = pipeline(mesh, network.cuts, storage=network.storage, pinned=pinned).run(model)
+    found = run_lockstep(plan, {name: wide(array) for name, array in network.inputs.items()}).outputs
+    for name, expected in network.expected.items():
+        assert close(found[name], expected, 1e-12), f"{name}: error {error(found[name], expected)}"
 
 
 @pytest.mark.slow

@@ -120,17 +120,24 @@ def reduction_splits(node: ir.Node) -> dict[int, dict[int, AxisLayout]]:
     """The sharded axes over which a node reduces: per input, axis -> its shards; {} when it reduces over none.
 
     Of inputs that have a dimension in common, the first one that is sharded along it decides.  A contracted
-    dimension stays whole when its mesh axis splits the result.
+    dimension stays whole when its mesh axis splits the result, one that is still there in the result when it does not
+    (as of a normalisation that all ranks compute).
     """
     reduction = operator_of(node).reduction
     found: dict[int, dict[int, AxisLayout]] = {}
     if reduction is None:
         return found
-    taken = {axis for value in node.outputs if dialect.has_layout(value)
-             for axis in dialect.get_layout(value).mesh_axes}
+    laid_out = [dialect.get_layout(value) for value in node.outputs if dialect.has_layout(value)]
+    splits_result = {axis for layout in laid_out for axis in layout.mesh_axes}
+    taken = set(splits_result)
     for dimension in reduction.dimensions:
         split = _deciding_split(node, dimension)
-        if split is None or (split.mesh_axis in taken and not _is_kept(node, dimension)):
+        if split is None:
+            continue
+        if _is_kept(node, dimension):
+            if laid_out and split.mesh_axis not in splits_result:
+                continue
+        elif split.mesh_axis in taken:
             continue
         taken.add(split.mesh_axis)
         for index, axis in enumerate(dimension):
