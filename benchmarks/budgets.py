@@ -110,7 +110,7 @@ def draw(result: CaseResult, path: Path) -> None:
     axes = figure.subplots()
     measured = [side for side in result.sides if side.samples]
     own = [side for side in measured if side.side.own]
-    _mark(axes, sorted(own, key=lambda s: _rise(s) or 0), "whole volume and budgets", _OWN, "o-")
+    _mark(axes, sorted(own, key=lambda s: _rise(s) or 0), "whole shards, default and budgets", _OWN, "o-")
     for place, side in enumerate(s for s in measured if s not in own):
         _mark(axes, [side], side.side.name, _OTHERS[place % len(_OTHERS)], "sD^v"[place % 4])
     for side in own:

@@ -212,7 +212,7 @@ def _partitioned(side: Side, case: Case, model: Path, threads: int, budget: int 
     import partitioner as pt
 
     try:
-        plan = pt.partition(model, mesh=side.mesh, shapes={INPUT_NAME: case.shape}, memory=budget)
+        plan = pt.partition(model, mesh=side.mesh, shapes={INPUT_NAME: case.shape}, memory=budget, slabs=side.slabs)
     except pt.PartitionError as error:
         if budget is None:
             raise

@@ -54,6 +54,7 @@ class Side:
         share: a partitioned side's memory budget: this part of what the case's first side takes over its idle
             process, added to that idle process; 0 for the least that a side refused before it was told to give.
         window: a sliding window's.
+        slabs: whether a partitioned side may go through shards slab by slab.
         reuse: the process keeps freed memory for its next blocks instead of giving it back to the system.
     """
 
@@ -65,6 +66,7 @@ class Side:
     share: float | None = None
     window: Window | None = None
     reuse: bool = False
+    slabs: bool = True
 
     @property
     def own(self) -> bool:

@@ -66,6 +66,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
     backend: str | None = None,
     pinned: Mapping[str, str | Sequence[str]] | None = None,
     overlap: bool | Collection[str] = False,
+    slabs: bool = True,
     **around: Unpack[Around],
 ) -> Plan:
     """Partition a model over a mesh of ranks: the one given, or the one that is best for so many devices.
@@ -92,6 +93,8 @@ def partition(  # noqa: PLR0913 (the words of the command)
         backend: how messages travel between them; by default what suits the profile.
         pinned: nodes that all ranks compute, by name: `{"conv7": "replicated"}`, or the mesh axes of those ranks.
         overlap: let halos travel while what needs none is computed: names of halo exchanges, or True for all that can.
+        slabs: whether a rank may go through its shard slab by slab, where that is faster or the memory asks for it.
+            With False every step takes a whole shard.
         around: what becomes part of the graph before it is partitioned: `preprocess=["window=-160:240"]`,
             `output_ops=["softmax", "argmax"]`, `tta="flips"`, `ensemble=["fold1.onnx"]`; words as in the command.
 
@@ -116,7 +119,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
     steering = Steering(pinned_axes(pinned), overlapped=overlapped_names(overlap))
-    request = Request(mesh, wanted, positions, strict, None, steering)
+    request = Request(mesh, wanted, positions, strict, None, steering, slabs)
     folder = None if dump_dir is None else Path(dump_dir)
     if devices is not None:
         return Plan.search(source, request, devices_of(devices, profile, backend, memory, host_memory, train), folder)

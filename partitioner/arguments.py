@@ -42,6 +42,8 @@ def add_model_options(parser: argparse.ArgumentParser, metavar: str, text: str) 
                              "depth-first, slab by slab, where that needs less")
     parser.add_argument("--host-memory", metavar="SIZE",
                         help="of that, what may rest in memory between chains; the rest goes into temporary files")
+    parser.add_argument("--no-slabs", action="store_true",
+                        help="let every step take a whole shard, also where slabs are faster or smaller")
     add_operator_options(parser)
     add_wrapping_options(parser)
 

@@ -171,7 +171,8 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
     cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
     folder = None if dump is None else Path(dump)
-    request = Request(options.mesh, shapes, cuts, options.strict, None, Steering(pinned_axes(_pins(options))))
+    request = Request(options.mesh, shapes, cuts, options.strict, None, Steering(pinned_axes(_pins(options))),
+                      not options.no_slabs)
     if options.devices is not None:
         return Plan.search(model, request, _devices(options), folder, progress)
     tells = {} if getattr(options, "train", None) else {"profile": options.profile}
@@ -223,8 +224,9 @@ def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str,
     word = next((w for w in ("devices", "profile", "pin", "train") if getattr(options, w, None)), None)
     if word is not None:
         raise PartitionError(f"{options.model}: is a plan, with which --{word} comes too late; give the model")
-    if options.memory is not None or options.host_memory is not None:
-        raise PartitionError(f"{options.model}: is a plan with its schedule; give --memory when the model is compiled")
+    if options.memory is not None or options.host_memory is not None or options.no_slabs:
+        word = "no-slabs" if options.no_slabs else "memory"
+        raise PartitionError(f"{options.model}: is a plan with its schedule; give --{word} when the model is compiled")
     if getattr(options, "dump_dir", None) is not None:
         raise PartitionError(f"{options.model}: is a plan, which has been through all passes; give the model "
                              "to dump what they do")

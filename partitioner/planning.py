@@ -45,6 +45,7 @@ class Request:
         strict: refuse operators without a sharded rule.
         budget: what a process may hold.
         steering: what is decided beside mesh and cuts.
+        slabs: whether a rank may go through its shard slab by slab; else every step takes a whole shard.
     """
 
     mesh: MeshLike = None
@@ -53,6 +54,7 @@ class Request:
     strict: bool = False
     budget: Budget | None = None
     steering: Steering = field(default_factory=Steering)
+    slabs: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ def compile_request(source: ir.Model, request: Request, dump_dir: Path | None = 
             return compile_plan(source, mesh, request.shapes, request.cuts, dump_dir, request.strict, order=order,
                                 steering=request.steering)
 
-        if request.budget is None and mesh.size > 1:
+        if request.budget is None and (mesh.size > 1 or not request.slabs):
             return lay_out(None)
-        free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if mesh.count(n) == 1
+        free = [n for n in (*AXIS_NAMES[1:], AXIS_NAMES[0]) if request.slabs and mesh.count(n) == 1
                 and any(n in axes for axes in named_axes(source).values())]
         if request.budget is None:
             return _fastest(lay_out, free)
@@ -162,7 +164,7 @@ def search_plan(source: ir.Model, request: Request, devices: Devices, dump_dir: 
     trains = devices.optimiser is not None
     goal = Goal(devices.count, profile, transport, None, devices.memory, held_on(profile), given, request.cuts,
                 Steering(request.steering.pinned) if trains else request.steering, devices.steers,
-                devices.all_of_them, slabs=not trains, optimiser=devices.optimiser)
+                devices.all_of_them, slabs=request.slabs and not trains, optimiser=devices.optimiser)
     with Faults(source), with_nearest_shapes(source, request.shapes):
         prepared = prepare(source, request.shapes, request.strict, "training" if trains else "inference")
 

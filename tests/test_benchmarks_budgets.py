@@ -44,14 +44,14 @@ def test_the_smoke_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert status == 0, shown
     (found,) = json.loads(output.read_text())["cases"]
     sides = {side["name"]: side for side in found["sides"]}
-    whole, least, refused = sides["whole volume"], sides["least budget"], sides["budget 1/10"]
+    whole, least, refused = sides["whole shards"], sides["least budget"], sides["budget 1/10"]
     assert "this model at these extents needs at least" in refused["refusal"] and refused["samples"] == []
     assert "budget 1/10" in shown and "refused" in shown
     idle, rise = (whole["summary"][name]["median"] for name in ("idle_bytes", "rise_bytes"))
     assert refused["budget_bytes"] == pytest.approx(idle + 0.1 * rise)
     assert least["refusal"] is None and least["samples"][0]["schedule"]
     assert refused["budget_bytes"] < least["budget_bytes"] >= least["summary"]["peak_bytes"]["max"]
-    for name in ("whole volume", "least budget", "onnxruntime"):
+    for name in ("whole shards", "least budget", "onnxruntime"):
         assert sides[name]["difference"] < 1e-5 and sides[name]["failure"] is None, name
     window = sides["sliding window, 0.25"]
     assert window["difference"] or "MONAI is not installed" in window["refusal"]
