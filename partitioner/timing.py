@@ -43,6 +43,12 @@ SHARED_CORES = ("gloo", "shm")
 LOCKSTEP = "lockstep"
 """The transport of ranks in one process, which compute one after the other."""
 
+SLAB_CALLS = 5
+"""Small kernels that a slab's step takes as long as beside its own: windows are found, results put in their place."""
+
+THIN = 0.2
+"""By how much a convolution of one plane is slower than one of many, per plane; of n planes an n-th of it."""
+
 MERGE_CALLS = 8
 """Small kernels that merge one peer's partial result, or one slab's."""
 
@@ -197,7 +203,8 @@ class _Clock:
                           if n is not None and n in self.turns)])
         shape = dialect.shape_of(value)
         kind = "reorder" if len(shape) > 3 and shape[1] > 1 else "pointwise"
-        return self._passed(None, str(value.name), self.zero + self._repeated(kind, 2.0 * nbytes, count))
+        calls = count * SLAB_CALLS * self.kernels.launch if count > 1 else 0.0
+        return self._passed(None, str(value.name), self.zero + calls + self._repeated(kind, 2.0 * nbytes, count))
 
     def _step(self, step: StepCost) -> StepTime:
         node = step.node
@@ -229,10 +236,19 @@ class _Clock:
         once = kernel_seconds(self.kernels, operator, ins, outs, in_place=maker is not None)
         if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
             once = once + self._one("pointwise", 2.0 * ins[0] * _dtype(node.outputs[0]).itemsize)
+        if turns.count > 1:
+            once = once * (1.0 + self._thinness(node, turns)) + SLAB_CALLS * self.kernels.launch
         if turns.count > 1 and self._slides(node.outputs[0]):  # the first slab takes the pages, others find them there
-            again = kernel_seconds(self.kernels, operator, ins, outs, in_place=True) if operator.writes_into else once
+            again = once
+            if operator.writes_into and maker is None:
+                used, fresh = (kernel_seconds(self.kernels, operator, ins, outs, in_place=p) for p in (True, False))
+                again = once - fresh + used
             return once + (count - 1) * again + count * self.kernels.step
         return count * (once + self.kernels.step)
+
+    def _thinness(self, node: ir.Node, turns: Turns) -> float:
+        """By how much a convolution is slower for having few planes."""
+        return THIN * turns.count / max(1, turns.cells) if isinstance(operator_of(node), Conv | ConvTranspose) else 0.0
 
     def _is_sparse(self, node: ir.Node) -> bool:
         """Whether a convolution reads cells that do not lie side by side in their buffer: it copies them first."""
@@ -256,8 +272,9 @@ class _Clock:
                 return self.zero
             computed = 0.0 if operator.writes_into else owned * (turns.cells / max(1, turns.extent))
             moved = owned * (rest.moved / max(1, turns.extent))
+            calls = turns.count * SLAB_CALLS * self.kernels.launch  # to move cells, or to give them back
             return (self._repeated("move", 2.0 * computed, turns.count) + turns.count * self._one("move", 2.0 * moved)
-                    + (self._pages(owned) if rest.waits else 0.0))
+                    + calls + (self._pages(owned) if rest.waits else 0.0))
         if operator.writes_into or buffer.name == str(value.name):
             return self.zero
         held = bytes_of(buffer.layout, buffer.dtype, self.mesh)
