@@ -4,7 +4,7 @@
 
 `seams` shows what a sliding window costs; `conformance` runs the onnx package's own node tests partitioned;
 `train` trains a 3D U-Net on shards; `forecast` holds what plans foretell against what is measured; `overlap` measures
-what computing interiors while halos travel is worth over links of several delays.
+what computing interiors while halos travel, and what the planner chooses, is worth over links of several delays.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _add_forecast(commands: Any) -> None:
 
 
 def _add_overlap(commands: Any) -> None:
-    told = commands.add_parser("overlap", help="interior before boundary on gloo ranks, with and without, in turn")
+    told = commands.add_parser("overlap", help="halos over slow links: plain, interiors first, as planned, in turn")
     told.add_argument("--sizes", type=int, nargs="+", default=[64, 80, 96], metavar="N", help="voxels along each axis")
     told.add_argument("--delays", type=float, nargs="+", default=[0, 2, 10], metavar="MS", help="of every message")
     told.add_argument("--mesh", default="depth=2", help="as for partition --mesh")

@@ -22,8 +22,8 @@ from partitioner.guards import (
     MeshLike,
     check_inputs,
     checked_path,
+    chosen_names,
     is_tensor,
-    overlapped_names,
     source_problems,
     whole_numbers,
 )
@@ -66,6 +66,7 @@ def partition(  # noqa: PLR0913 (the words of the command)
     backend: str | None = None,
     pinned: Mapping[str, str | Sequence[str]] | None = None,
     overlap: bool | Collection[str] = False,
+    deepen: bool | Collection[str] = False,
     slabs: bool = True,
     **around: Unpack[Around],
 ) -> Plan:
@@ -93,6 +94,8 @@ def partition(  # noqa: PLR0913 (the words of the command)
         backend: how messages travel between them; by default what suits the profile.
         pinned: nodes that all ranks compute, by name: `{"conv7": "replicated"}`, or the mesh axes of those ranks.
         overlap: let halos travel while what needs none is computed: names of halo exchanges, or True for all that can.
+        deepen: let ranks compute halos themselves, so that several layers share one deeper exchange: names of the
+            values that need none of their own then, or True for all for which that can be done.
         slabs: whether a rank may go through its shard slab by slab, where that is faster or the memory asks for it.
             With False every step takes a whole shard.
         around: what becomes part of the graph before it is partitioned: `preprocess=["window=-160:240"]`,
@@ -118,7 +121,8 @@ def partition(  # noqa: PLR0913 (the words of the command)
         found = {name: shape for name, shape in found.items() if name in open_inputs}
     wanted = {**found, **whole_numbers(shapes, "shapes", "{'volume': (1, 1, 121, 160, 143)}")}
     positions = whole_numbers(cuts, "cuts", "{'depth': (0, 50, 121)}")
-    steering = Steering(pinned_axes(pinned), overlapped=overlapped_names(overlap))
+    steering = Steering(pinned_axes(pinned), chosen_names("deepen", deepen, "values"),
+                        chosen_names("overlap", overlap, "halo exchanges"))
     request = Request(mesh, wanted, positions, strict, None, steering, slabs)
     folder = None if dump_dir is None else Path(dump_dir)
     if devices is not None:

@@ -59,12 +59,13 @@ class Steering:
 
     Args:
         pinned: nodes that are computed by all ranks along some mesh axes, by name with these axes.
-        deepened: values of which ranks compute the halos themselves instead of exchanging them.
+        deepened: values of which ranks compute the halos themselves instead of exchanging them; None for all for which
+            that can be done.
         overlapped: halo exchanges whose messages travel while an interior is computed; None for all that can.
     """
 
     pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    deepened: frozenset[str] = frozenset()
+    deepened: frozenset[str] | None = frozenset()
     overlapped: frozenset[str] | None = frozenset()
 
 
@@ -88,7 +89,7 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
         AssignShards(mesh, cuts, () if rolled is None else (rolled,), steering.pinned),
         InsertReshards(),
         SplitReductions(),
-        *((DeepenHalos(mesh.names, steering.deepened),) if steering.deepened else ()),
+        *((DeepenHalos(mesh.names, steering.deepened),) if steering.deepened != frozenset() else ()),
         *((DeepenHalos(strips, order.recomputed),) if order is not None and strips else ()),
         InsertHaloExchanges(),
         MergeExchanges(),

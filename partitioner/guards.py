@@ -122,8 +122,11 @@ def source_problems(model: ir.Model) -> list[str]:
             for v in model.graph.inputs if v.dtype is not None and not is_known(v.dtype)]
 
 
-def overlapped_names(given: bool | Collection[str]) -> frozenset[str] | None:
-    """Names of exchanges that are to overlap; None for all.
+def chosen_names(word: str, given: bool | Collection[str], what: str) -> frozenset[str] | None:
+    """The names that an option chooses; None for all.
+
+    Args:
+        word: the option, `what` what it names, for messages.
 
     Raises:
         PartitionError: for anything else than a bool or names.
@@ -131,7 +134,7 @@ def overlapped_names(given: bool | Collection[str]) -> frozenset[str] | None:
     if isinstance(given, bool):
         return None if given else frozenset()
     if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(n, str) for n in given):
-        raise PartitionError(f"overlap={given!r} is not understood; give True, or names of halo exchanges in a list")
+        raise PartitionError(f"{word}={given!r} is not understood; give True, or names of {what} in a list")
     return frozenset(given)
 
 

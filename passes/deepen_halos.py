@@ -19,6 +19,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.errors import refuse_all
 from partitioner.geometry import Pieces, hull, span, union
 from partitioner.layout import AxisLayout
 from partitioner.ops.nodes import needed_layout
@@ -44,6 +45,14 @@ class DeepenHalos(Pass):
     values: Collection[str] | None = None
 
     def apply(self, model: ir.Model) -> None:
+        """Deepen them, the last one first: what it needs more of, those before it hold.
+
+        Raises:
+            PartitionError: for a name that no value has.
+        """
+        known = {value.name for node in model.graph for value in node.outputs} | {v.name for v in model.graph.inputs}
+        refuse_all([f"deepened value '{name}': the network has no value of this name, as it is laid out; "
+                    "`partition plan` lists the names" for name in sorted(set(self.values or ()) - known)])
         for node in reversed(list(model.graph)):
             for value in node.outputs:
                 self._deepen(value)

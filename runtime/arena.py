@@ -3,6 +3,9 @@
 New memory costs: the system clears every page at its first touch, 4 KiB at a time, which takes as long as a pointwise
 kernel.  Memory that a tensor gives up is kept for the next one of its size, also from run to run, as long as what is
 kept and what is alive stay within what the program needs at its peak anyway.
+
+A run brings the same tensors into being as the run before: from the second on all of them have their places in one
+region (`runtime.places`), and no memory is taken any more.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from runtime.places import Life, find_places
 from runtime.program import storage_order
 
 LARGE = 4 << 20
@@ -34,9 +38,10 @@ class _Pages:
         if large and hasattr(mmap, "MADV_HUGEPAGE"):
             self._mapping.madvise(mmap.MADV_HUGEPAGE, self._start, large)
 
-    def lend(self) -> memoryview:
-        """The memory, for one tensor at a time; it lives as long as the tensor's."""
-        return memoryview(self._mapping)[self._start : self._start + self.nbytes]
+    def lend(self, offset: int = 0, nbytes: int | None = None) -> memoryview:
+        """The memory, or a part of it, for one tensor at a time; it lives as long as the tensor's."""
+        start = self._start + offset
+        return memoryview(self._mapping)[start : start + (self.nbytes if nbytes is None else nbytes)]
 
 
 class Arena:
@@ -45,14 +50,36 @@ class Arena:
     def __init__(self) -> None:
         self._kept: list[_Pages] = []
         self._room = 0
+        self._clock = 0
+        self._lives: list[Life] = []
+        self._rooms: list[tuple[int, int]] = []
+        self._places: list[Life] | None = None
+        self._region: _Pages | None = None
+        self._busy: dict[int, Life] = {}
 
     @property
     def kept(self) -> int:
         """Bytes that no tensor uses at the moment."""
-        return sum(pages.nbytes for pages in self._kept)
+        return sum(pages.nbytes for pages in self._kept) + self._idle
+
+    @property
+    def _idle(self) -> int:
+        """Bytes of the region that no tensor uses at the moment."""
+        return 0 if self._region is None else self._region.nbytes - sum(life.nbytes for life in self._busy.values())
+
+    def begin(self) -> None:
+        """A run begins: what the last one brought into being gets places in one region, if it fits there well."""
+        last, placed = [life.nbytes for life in self._lives], [life.nbytes for life in self._places or ()]
+        if last and last != placed and not self._busy:
+            self._region, self._places = None, find_places(self._lives, self._rooms)
+            if self._places is not None:
+                self.keep(0)
+                self._region = _Pages(max(life.offset + life.nbytes for life in self._places))
+        self._clock, self._lives, self._rooms = 0, [], []
 
     def keep(self, room: int) -> None:
         """Keep so many bytes at most from now on; what has been kept longest goes first."""
+        self._rooms.append((self._clock, room))
         self._room = room
         while self._kept and self.kept > room:
             self._kept.pop(0)
@@ -64,11 +91,38 @@ class Arena:
         count = 1
         for n in stored:
             count *= n
-        pages = self._take(-(-count * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE)
-        lent = pages.lend()
-        weakref.finalize(lent, self._take_back, pages).atexit = False
+        lent = self._lend(-(-count * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE)
         tensor = torch.frombuffer(lent, dtype=dtype, count=count).view(stored)
         return tensor.permute([order.index(a) for a in range(len(order))])
+
+    def _lend(self, nbytes: int) -> memoryview:
+        life = Life(nbytes, self._tick())
+        number = len(self._lives)
+        self._lives.append(life)
+        place = self._place(number, nbytes)
+        if place is not None and self._region is not None:
+            life.offset = place
+            self._busy[id(life)] = life
+            lent = self._region.lend(place, nbytes)
+            weakref.finalize(lent, self._leave, life).atexit = False
+            return lent
+        pages = self._take(nbytes)
+        lent = pages.lend()
+        weakref.finalize(lent, self._take_back, life, pages).atexit = False
+        return lent
+
+    def _place(self, number: int, nbytes: int) -> int | None:
+        """Where in the region a tensor has its place, unless this run is another than the one they were found from."""
+        if self._places is None or number >= len(self._places) or self._places[number].nbytes != nbytes:
+            return None
+        start = self._places[number].offset
+        taken = any(other.offset < start + nbytes and start < other.offset + other.nbytes
+                    for other in self._busy.values())
+        return None if taken else start
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
 
     def _take(self, nbytes: int) -> _Pages:
         for index in range(len(self._kept) - 1, -1, -1):
@@ -76,6 +130,12 @@ class Arena:
                 return self._kept.pop(index)
         return _Pages(nbytes)
 
-    def _take_back(self, pages: _Pages) -> None:
+    def _leave(self, life: Life) -> None:
+        life.died = self._tick()
+        self._busy.pop(id(life), None)
+
+    def _take_back(self, life: Life, pages: _Pages) -> None:
+        life.died = self._tick()
         self._kept.append(pages)
-        self.keep(self._room)
+        while self._kept and self.kept > self._room:
+            self._kept.pop(0)

@@ -151,6 +151,7 @@ class Executor:
         self.under_way.clear()
         order, arena = self._order(), self.shards[0].arena
         turns, spare = order.turns, order.spare
+        arena.begin()
         with torch.inference_mode():
             for index, (number, places) in enumerate(turns[first:], first + 1):
                 arena.keep(spare[index - 1])

@@ -16,12 +16,14 @@ OPTIONS = Options((64,), (0.0, 0.002), "depth=2", 3, None, None)
 
 
 def test_the_table_has_both_sides() -> None:
-    found = [Sample(64, 0.002, (0.3, 0.2, 0.4), (0.24, 0.27, 0.25), 0.2, 0.1)]
+    found = [Sample(64, 0.002, (0.3, 0.2, 0.4), (0.24, 0.27, 0.25), (0.21, 0.2, 0.22), 0.2, 0.1, 0.08, "deeper")]
     assert found[0].ratio == pytest.approx(0.25 / 0.3) and found[0].ratio_forecast == pytest.approx(0.5)
+    assert found[0].ratio_planned == pytest.approx(0.7) and found[0].ratio_planned_forecast == pytest.approx(0.4)
     console = Console(width=130, file=io.StringIO())
     console.print(table(found, OPTIONS))
     text = console.file.getvalue()
-    assert all(said in text for said in ("64^3", "2 ms", "0.300 (0.200-0.400)", "0.250 (0.240-0.270)", "0.83", "0.50"))
+    assert all(said in text for said in ("64^3", "2 ms", "0.300 (0.200-0.400)", "0.250 (0.240-0.270)", "0.83", "0.50",
+                                         "0.210 (0.200-0.220)", "0.70", "0.40"))
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -41,4 +43,4 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert main(["overlap", "--sizes", "32", "--delays", "0", "5", "--repeats", "1", "--output", str(output)]) == 0
     figures = json.loads(output.read_text())
     assert [sample["delay"] for sample in figures] == [0.0, 0.005]
-    assert all(len(sample["plain"]) == len(sample["overlapped"]) == 1 for sample in figures)
+    assert all(len(sample["plain"]) == len(sample["overlapped"]) == len(sample["planned"]) == 1 for sample in figures)

@@ -231,6 +231,25 @@ def test_deep_layers_are_computed_by_all_where_messages_cost_more() -> None:
     assert not plain.pinned and not plain.deepened
 
 
+def test_halos_are_deepened_where_the_user_says_so() -> None:
+    """All, or those of some values; the planner leaves it at that; names that no value has are refused."""
+    proto, shape = chain((1, 2, 23, 10, 9)), (1, 2, 23, 10, 9)
+    plain = pt.partition(proto, mesh="depth=2")
+    names = ["c0", "c1"]
+    (expected,) = plain.run({"x": volume(shape)}).values()
+    for deepen in (True, names):
+        plan = pt.partition(proto, mesh="depth=2", deepen=deepen)
+        assert int(plan.cost.messages.sum()) < int(plain.cost.messages.sum())
+        (found,) = plan.run({"x": volume(shape)}).values()
+        assert np.abs(found - expected).max() <= 4e-6 * np.abs(expected).max()
+    asked = {"devices": 2, "mesh": "depth=2", "backend": "gloo", "profile": FREE}
+    assert chosen(pt.partition(proto, deepen=names, **asked)).form.steering.deepened == set(names)
+    with pytest.raises(pt.PartitionError, match="deepened value 'nowhere': the network has no value of this name"):
+        pt.partition(proto, mesh="depth=2", deepen=["nowhere"])
+    with pytest.raises(pt.PartitionError, match="deepen='y' is not understood; give True, or names of values"):
+        pt.partition(proto, mesh="depth=2", deepen="y")
+
+
 def test_halos_are_deepened_where_messages_cost_more() -> None:
     asked = {"devices": 2, "mesh": "depth=2", "backend": "gloo"}
     proto = chain((1, 2, 96, 64, 64))

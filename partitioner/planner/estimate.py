@@ -33,7 +33,8 @@ from partitioner.maps import AxisMap
 from partitioner.mesh import Mesh
 from partitioner.ops.nodes import needs_of, operator_of, reduction_splits
 from partitioner.profile import Kernels, Profile
-from partitioner.timing import LOCKSTEP, MERGE_CALLS, is_in_cache, order_of, threads_of_rank
+from partitioner.timing import LOCKSTEP, threads_of_rank
+from partitioner.work import MERGE_CALLS, is_in_cache, order_of
 
 _PARTIAL = 8
 """Bytes of a partial result, at least."""

@@ -294,6 +294,9 @@ class Search:
         return float(self.goal.profile.message_seconds(nbytes, messages, self.goal.transport))
 
     def _with_deeper_halos(self, way: Way) -> Iterator[Way]:
+        """Where an exchange costs more than cells that are computed twice; unless the user has said which."""
+        if self.goal.steering.deepened != frozenset():
+            return
         mesh = way.form.mesh
         names = [name for name, count in mesh.axes if count > 1]
         points = CutPoints(way.model, names)

@@ -70,15 +70,17 @@ _BLOCK = 1 << 19
 def _of_slices(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and M2 of every case, channel and slice along the first spatial axis: torch's variance is slow there."""
     rows, side = rows_of(x)
-    cells = rows.shape[1] * side
-    means = sums(rows, side) / cells
-    centres, squares = means.repeat(1, 1, side), torch.empty_like(rows[:, :1])
-    step = max(1, _BLOCK // (rows.shape[1] * rows.shape[2]))
-    room = torch.empty((min(step, len(rows)), *rows.shape[1:]), dtype=x.dtype)
+    cases, slices, count, length = rows.shape
+    means = sums(rows, side) / (count * side)
+    centres, squares = means.repeat(1, 1, 1, side), torch.empty((cases, slices, 1, length), dtype=x.dtype)
+    step = max(1, _BLOCK // (count * length))
+    room = torch.empty((min(step, slices), count, length), dtype=x.dtype)
     with steady(rows):
-        for part, centre, found in zip(rows.split(step), centres.split(step), squares.split(step), strict=True):
-            deviation = torch.ops.aten.mse_loss.out(part, centre, 0, out=room[: len(part)])  # squared, one by one
-            torch.sum(deviation, 1, keepdim=True, out=found)
+        for case in range(cases):
+            parts = (t[case].split(step) for t in (rows, centres, squares))
+            for part, centre, found in zip(*parts, strict=True):
+                deviation = torch.ops.aten.mse_loss.out(part, centre, 0, out=room[: len(part)])  # squared, one by one
+                torch.sum(deviation, 1, keepdim=True, out=found)
     return as_slices(means, x), as_slices(folded(squares, side), x)
 
 

@@ -1,6 +1,6 @@
 """Sums over images and volumes whose channels lie innermost, as rows of several cells: kernels are slow on short ones.
 
-    x (case, channel, slice, ...)  in memory  case, slice, cell, channel  ->  rows (case * slice, row, side * channel)
+    x (case, channel, slice, ...)  in memory  case, slice, cell, channel  ->  rows (case, slice, row, side * channel)
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ def suit(x: torch.Tensor, axes: Sequence[int]) -> bool:
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The rows of all slices, and how many cells are in a row."""
+    """The rows of all slices, a view, and how many cells are in a row."""
     cases, channels, slices = x.shape[:3]
     cells, side = math.prod(x.shape[3:]), 1
     while 2 * side * channels <= _ROW and cells % (2 * side) == 0:
         side *= 2
-    return x.movedim(1, -1).reshape(cases * slices, cells // side, side * channels), side
+    return x.movedim(1, -1).view(cases, slices, cells // side, side * channels), side
 
 
 def sums(rows: torch.Tensor, side: int) -> torch.Tensor:
-    """Sums per slice and channel, (slice, 1, channel)."""
+    """Sums per slice and channel, (case, slice, 1, channel)."""
     with steady(rows):
-        return folded(rows.sum(1, keepdim=True), side)
+        return folded(rows.sum(2, keepdim=True), side)
 
 
 def steady(rows: torch.Tensor) -> AbstractContextManager[None]:
     """A block in which rows are added up in an order that does not depend on the number of threads."""
-    return one_thread(rows, needed=rows.shape[2] % _VECTOR > 0)
+    return one_thread(rows, needed=rows.shape[3] % _VECTOR > 0)
 
 
 def folded(found: torch.Tensor, side: int) -> torch.Tensor:
     """Sums per place in a row to sums per channel."""
-    return found.unflatten(2, (side, -1)).sum(2) if side > 1 else found
+    return found.unflatten(3, (side, -1)).sum(3) if side > 1 else found
 
 
 def as_slices(found: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""Where tensors lie in one region, so that those alive at the same time lie apart: a plan by lifetimes.
+
+The largest come first, each to the lowest place that is free as long as it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+MOST = 400
+"""Tensors of a run at most: those of slabs are many, small, and of few sizes."""
+
+SLACK = 0.05
+"""By which part a region may be larger than what is alive in it and what the program has room for besides."""
+
+
+@dataclass
+class Life:
+    """A tensor: its bytes, when it came into being and when it went (None: it has not), and its place."""
+
+    nbytes: int
+    born: int
+    died: int | None = None
+    offset: int = 0
+
+
+def find_places(lives: Sequence[Life], rooms: Sequence[tuple[int, int]]) -> list[Life] | None:
+    """The tensors with their places; None where a region would hold much more than tensors one by one.
+
+    Args:
+        lives: in the order in which they came into being.
+        rooms: from when on how many bytes may be held beside all that is alive.
+    """
+    if not lives or len(lives) > MOST or any(life.died is None for life in lives):
+        return None
+    placed: list[Life] = []
+    found: dict[int, Life] = {}
+    for index in sorted(range(len(lives)), key=lambda i: -lives[i].nbytes):
+        life = lives[index]
+        offset = 0
+        for other in sorted((o for o in placed if _meet(o, life)), key=lambda o: o.offset):
+            if offset + life.nbytes <= other.offset:
+                break
+            offset = max(offset, other.offset + other.nbytes)
+        found[index] = replace(life, offset=offset)
+        placed.append(found[index])
+    extent = max(life.offset + life.nbytes for life in placed)
+    ends = [*(start for start, _ in rooms[1:]), 1 + max(life.died or 0 for life in lives)]
+    for (start, room), end in zip(rooms, ends, strict=True):
+        if extent - _most(lives, start, end) > room + SLACK * extent:
+            return None
+    return [found[index] for index in range(len(lives))]
+
+
+def _meet(a: Life, b: Life) -> bool:
+    assert a.died is not None and b.died is not None
+    return a.born < b.died and b.born < a.died
+
+
+def _most(lives: Sequence[Life], start: int, end: int) -> int:
+    """Most bytes alive at once from `start` (nothing has happened since the event before) until before `end`."""
+    alive = sum(life.nbytes for life in lives if life.born <= start < (life.died or 0))
+    most = alive
+    events = sorted((when, size) for life in lives
+                    for when, size in ((life.born, life.nbytes), (life.died or 0, -life.nbytes)) if start < when <= end)
+    for _, size in events:
+        alive += size
+        most = max(most, alive)
+    return most
