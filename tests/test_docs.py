@@ -361,7 +361,8 @@ def test_names_in_the_text_exist(page: Path) -> None:
     known = set(re.findall(r"\w+", " ".join(path.read_text() for path in files)))
     known |= {schema.name for schema in onnx.defs.get_all_schemas()} | set(dir(onnx)) | OTHERS
     known |= {word for block in blocks(page) for word in re.findall(r"\w+", block.text)}
-    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```$|<!-- figures: begin -->.*?<!-- figures: end -->", "", page.read_text(),
+                   flags=re.MULTILINE | re.DOTALL)
     words = {word for code in code_of(prose) for word in re.findall(r"\b[A-Za-z_]\w{2,}", code)}
     assert not words - known, f"{page.name} names {sorted(words - known)}"
 
