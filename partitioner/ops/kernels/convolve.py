@@ -4,6 +4,9 @@ On the CPU torch leaves oneDNN for small slabs (N*C*D*H up to about 20480) and b
 slower, with bits that depend on the number of threads; the direct operator does neither.  Of one channel it makes a
 result with channels last only when it is given weights in its own order: 2 to 4 times as fast, in all.  It has no
 gradient; for training, `gradients` has one for small slabs, and others take torch's own.
+
+Half precision is widened on the CPU: with AMX, oneDNN of torch 2.13 returns wrong numbers for some of its convolutions
+(a stride along a last axis that leaves one output) and crashes in others.
 """
 
 from __future__ import annotations
@@ -43,6 +46,9 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if data.dim() == 3:
         flat = Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
         return convolve(data.unsqueeze(2), weight.unsqueeze(2), bias, flat, transposed).squeeze(2)
+    if data.device.type == "cpu" and data.dtype in (torch.bfloat16, torch.float16):
+        wide = (None if t is None else t.float() for t in (data, weight, bias))
+        return convolve(*wide, geometry, transposed).to(data.dtype)  # pyright: ignore[reportArgumentType]
     if data.device.type == "cpu" and not transposed and _is_misread(data, weight, geometry):
         data, weight = (t.clone(memory_format=torch.contiguous_format) for t in (data, weight))
     if _suits_onednn(data):
