@@ -47,8 +47,8 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         flat = Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
         return convolve(data.unsqueeze(2), weight.unsqueeze(2), bias, flat, transposed).squeeze(2)
     if data.device.type == "cpu" and data.dtype in (torch.bfloat16, torch.float16):
-        wide = (None if t is None else t.float() for t in (data, weight, bias))
-        return convolve(*wide, geometry, transposed).to(data.dtype)  # pyright: ignore[reportArgumentType]
+        wide_bias = None if bias is None else bias.float()
+        return convolve(data.float(), weight.float(), wide_bias, geometry, transposed).to(data.dtype)
     if data.device.type == "cpu" and not transposed and _is_misread(data, weight, geometry):
         data, weight = (t.clone(memory_format=torch.contiguous_format) for t in (data, weight))
     if _suits_onednn(data):
