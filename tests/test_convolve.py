@@ -93,3 +93,15 @@ CRASH = Trial(1, 16, 3, 1, (9, 1), (3, 1), (2, 2), (2, 1), (1, 2), last=True, bi
 ])
 def test_channels_last_tensors_that_onednn_reads_beyond(trial: Trial) -> None:
     check(trial, np.random.default_rng(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_right_where_one_output_is_left(dtype: torch.dtype) -> None:
+    """With AMX, oneDNN returns wrong numbers here."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 7, 9, 3, 6, generator=draw).movedim(-1, 1).to(dtype)
+    weight = torch.randn(12, 3, 3, 3, 6, generator=draw).movedim(-1, 1).to(dtype)
+    with torch.inference_mode():
+        found = convolve(x, weight, None, Geometry((2, 2, 2), (1, 1, 0), (1, 1, 1), 1))
+    expected = torch.nn.functional.conv3d(x.double(), weight.double(), stride=2, padding=(1, 1, 0))
+    assert found.dtype == dtype and (found.double() - expected).abs().max() < 0.01 * expected.abs().max()
