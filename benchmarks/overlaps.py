@@ -42,39 +42,26 @@ class Options:
     output: Path | None
 
 
+WAYS = ("plain", "overlapped", "planned")
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of the slowest rank in every run of the three ways, what was forecast, and what the planner chose."""
+    """Every way's seconds of the slowest rank in every run, its forecast, and what the planner chose."""
 
     extent: int
     delay: float
-    plain: tuple[float, ...]
-    overlapped: tuple[float, ...]
-    planned: tuple[float, ...]
-    plain_forecast: float
-    overlapped_forecast: float
-    planned_forecast: float
+    seconds: dict[str, tuple[float, ...]]
+    forecast: dict[str, float]
     note: str
 
-    @property
-    def ratio(self) -> float:
-        """Overlapped over plain, of the medians."""
-        return statistics.median(self.overlapped) / statistics.median(self.plain)
+    def ratio(self, way: str) -> float:
+        """A way over plain exchanges, of the medians."""
+        return statistics.median(self.seconds[way]) / statistics.median(self.seconds["plain"])
 
-    @property
-    def ratio_forecast(self) -> float:
+    def ratio_forecast(self, way: str) -> float:
         """The same as forecast."""
-        return self.overlapped_forecast / self.plain_forecast
-
-    @property
-    def ratio_planned(self) -> float:
-        """Planned over plain, of the medians."""
-        return statistics.median(self.planned) / statistics.median(self.plain)
-
-    @property
-    def ratio_planned_forecast(self) -> float:
-        """The same as forecast."""
-        return self.planned_forecast / self.plain_forecast
+        return self.forecast[way] / self.forecast["plain"]
 
 
 def run_overlaps(options: Options, console: Console) -> int:
@@ -90,8 +77,9 @@ def run_overlaps(options: Options, console: Console) -> int:
             try:
                 for sample in _measured(extent, Path(folder), options):
                     found.append(sample)
-                    console.print(f"{extent}^3, {1e3 * sample.delay:g} ms: overlapped {sample.ratio:.2f}, planned "
-                                  f"{sample.ratio_planned:.2f} ({sample.note})")
+                    console.print(f"{extent}^3, {1e3 * sample.delay:g} ms: overlapped "
+                                  f"{sample.ratio('overlapped'):.2f}, planned {sample.ratio('planned'):.2f} "
+                                  f"({sample.note})")
             except pt.PartitionError as error:
                 raise UsageError(str(error)) from None
     console.print(table(found, options))
@@ -111,20 +99,22 @@ def _measured(extent: int, folder: Path, options: Options) -> Iterator[Sample]:
         planned = pt.partition(model, mesh=options.mesh, devices=same[0].mesh.size, backend="gloo",
                                profile=_delayed(profile, delay))
         assert planned.choice is not None
-        plans = [*same, planned]
-        forecasts = [plan.time(profile, "gloo", 1, link).seconds for plan in plans]
-        seconds: tuple[list[float], ...] = ([], [], [])
+        plans = dict(zip(WAYS, [*same, planned], strict=True))
+        forecast = {way: plan.time(profile, "gloo", 1, link).seconds for way, plan in plans.items()}
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         with ExitStack() as stack:
-            sessions = [stack.enter_context(plan.session("gloo", threads=1, link=link)) for plan in plans]
+            sessions = {way: stack.enter_context(plan.session("gloo", threads=1, link=link))
+                        for way, plan in plans.items()}
             for repeat in range(options.repeats + 1):
                 results = {}
-                for side in sorted(range(3), reverse=repeat % 2 == 0):
-                    results[side] = next(iter(sessions[side].run(inputs).values()))
+                for way in WAYS if repeat % 2 else WAYS[::-1]:
+                    results[way] = next(iter(sessions[way].run(inputs).values()))
                     if repeat:
-                        seconds[side].append(_slowest(sessions[side]))
-                _check(results[0], results[1])
-                _check(results[0], results[2])
-        yield Sample(extent, delay, *map(tuple, seconds), *forecasts, planned.choice.chosen.note or "nothing else")
+                        seconds[way].append(_slowest(sessions[way]))
+                for way in WAYS[1:]:
+                    _check(results["plain"], results[way])
+        yield Sample(extent, delay, {way: tuple(found) for way, found in seconds.items()}, forecast,
+                     planned.choice.chosen.note or "nothing else")
 
 
 def _delayed(profile: pt.Profile, delay: float) -> pt.Profile:
@@ -154,9 +144,9 @@ def table(found: Sequence[Sample], options: Options) -> Table:
     for column in ("volume", "delay", "plain", "overlapped", "ratio", "forecast", "planned", "ratio", "forecast"):
         shown.add_column(column, justify="left" if column == "volume" else "right", no_wrap=True)
     for sample in found:
-        shown.add_row(f"{sample.extent}^3", f"{1e3 * sample.delay:g} ms", _spread(sample.plain),
-                      _spread(sample.overlapped), f"{sample.ratio:.2f}", f"{sample.ratio_forecast:.2f}",
-                      _spread(sample.planned), f"{sample.ratio_planned:.2f}", f"{sample.ratio_planned_forecast:.2f}")
+        compared = [text for way in WAYS[1:] for text in (
+            _spread(sample.seconds[way]), f"{sample.ratio(way):.2f}", f"{sample.ratio_forecast(way):.2f}")]
+        shown.add_row(f"{sample.extent}^3", f"{1e3 * sample.delay:g} ms", _spread(sample.seconds["plain"]), *compared)
     return shown
 
 

@@ -53,6 +53,7 @@ class Arena:
         self._clock = 0
         self._lives: list[Life] = []
         self._rooms: list[tuple[int, int]] = []
+        self._known: list[int] = []
         self._places: list[Life] | None = None
         self._region: _Pages | None = None
         self._busy: dict[int, Life] = {}
@@ -69,8 +70,9 @@ class Arena:
 
     def begin(self) -> None:
         """A run begins: what the last one brought into being gets places in one region, if it fits there well."""
-        last, placed = [life.nbytes for life in self._lives], [life.nbytes for life in self._places or ()]
-        if last and last != placed and not self._busy:
+        last = [life.nbytes for life in self._lives]
+        if last != self._known and not self._busy and all(life.died is not None for life in self._lives):
+            self._known = last
             self._region, self._places = None, find_places(self._lives, self._rooms)
             if self._places is not None:
                 self.keep(0)

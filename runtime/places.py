@@ -29,10 +29,10 @@ def find_places(lives: Sequence[Life], rooms: Sequence[tuple[int, int]]) -> list
     """The tensors with their places; None where a region would hold much more than tensors one by one.
 
     Args:
-        lives: in the order in which they came into being.
+        lives: in the order in which they came into being; all of them have gone.
         rooms: from when on how many bytes may be held beside all that is alive.
     """
-    if not lives or len(lives) > MOST or any(life.died is None for life in lives):
+    if not lives or len(lives) > MOST:
         return None
     placed: list[Life] = []
     found: dict[int, Life] = {}
@@ -46,10 +46,9 @@ def find_places(lives: Sequence[Life], rooms: Sequence[tuple[int, int]]) -> list
         found[index] = replace(life, offset=offset)
         placed.append(found[index])
     extent = max(life.offset + life.nbytes for life in placed)
-    ends = [*(start for start, _ in rooms[1:]), 1 + max(life.died or 0 for life in lives)]
-    for (start, room), end in zip(rooms, ends, strict=True):
-        if extent - _most(lives, start, end) > room + SLACK * extent:
-            return None
+    peaks = _peaks(lives, [start for start, _ in rooms])
+    if any(extent - peak > room + SLACK * extent for peak, (_, room) in zip(peaks, rooms, strict=True)):
+        return None
     return [found[index] for index in range(len(lives))]
 
 
@@ -58,13 +57,21 @@ def _meet(a: Life, b: Life) -> bool:
     return a.born < b.died and b.born < a.died
 
 
-def _most(lives: Sequence[Life], start: int, end: int) -> int:
-    """Most bytes alive at once from `start` (nothing has happened since the event before) until before `end`."""
-    alive = sum(life.nbytes for life in lives if life.born <= start < (life.died or 0))
-    most = alive
+def _peaks(lives: Sequence[Life], starts: Sequence[int]) -> list[int]:
+    """Most bytes alive at once from each start, after the event of that number, until the next start."""
     events = sorted((when, size) for life in lives
-                    for when, size in ((life.born, life.nbytes), (life.died or 0, -life.nbytes)) if start < when <= end)
-    for _, size in events:
-        alive += size
-        most = max(most, alive)
-    return most
+                    for when, size in ((life.born, life.nbytes), (life.died or 0, -life.nbytes)))
+    peaks: list[int] = []
+    alive = place = 0
+    for index, start in enumerate(starts):
+        while place < len(events) and events[place][0] <= start:
+            alive += events[place][1]
+            place += 1
+        end = starts[index + 1] if index + 1 < len(starts) else events[-1][0]
+        most = alive
+        while place < len(events) and events[place][0] <= end:
+            alive += events[place][1]
+            most = max(most, alive)
+            place += 1
+        peaks.append(most)
+    return peaks

@@ -10,15 +10,16 @@ import pytest
 from rich.console import Console
 
 from benchmarks.__main__ import main
-from benchmarks.overlaps import Options, Sample, table
+from benchmarks.overlaps import WAYS, Options, Sample, table
 
 OPTIONS = Options((64,), (0.0, 0.002), "depth=2", 3, None, None)
 
 
 def test_the_table_has_both_sides() -> None:
-    found = [Sample(64, 0.002, (0.3, 0.2, 0.4), (0.24, 0.27, 0.25), (0.21, 0.2, 0.22), 0.2, 0.1, 0.08, "deeper")]
-    assert found[0].ratio == pytest.approx(0.25 / 0.3) and found[0].ratio_forecast == pytest.approx(0.5)
-    assert found[0].ratio_planned == pytest.approx(0.7) and found[0].ratio_planned_forecast == pytest.approx(0.4)
+    seconds = {"plain": (0.3, 0.2, 0.4), "overlapped": (0.24, 0.27, 0.25), "planned": (0.21, 0.2, 0.22)}
+    found = [Sample(64, 0.002, seconds, {"plain": 0.2, "overlapped": 0.1, "planned": 0.08}, "deeper")]
+    assert [found[0].ratio(way) for way in WAYS] == pytest.approx([1.0, 0.25 / 0.3, 0.7])
+    assert [found[0].ratio_forecast(way) for way in WAYS] == pytest.approx([1.0, 0.5, 0.4])
     console = Console(width=130, file=io.StringIO())
     console.print(table(found, OPTIONS))
     text = console.file.getvalue()
@@ -43,4 +44,4 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert main(["overlap", "--sizes", "32", "--delays", "0", "5", "--repeats", "1", "--output", str(output)]) == 0
     figures = json.loads(output.read_text())
     assert [sample["delay"] for sample in figures] == [0.0, 0.005]
-    assert all(len(sample["plain"]) == len(sample["overlapped"]) == len(sample["planned"]) == 1 for sample in figures)
+    assert all(len(sample["seconds"][way]) == 1 for sample in figures for way in WAYS)

@@ -352,17 +352,17 @@ OTHERS = frozenset({"cubic", "docs", "generate_operators", "constant_value"})
 
 @by_page
 def test_names_in_the_text_exist(page: Path) -> None:
-    """Every identifier in inline code is a word of the sources, the configuration, ONNX or the page's own examples."""
+    """Every identifier in inline code is a word of the sources, the results, ONNX or the page's own examples."""
     import onnx
 
     files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")
              if not path.name.startswith("test_docs")]
     files += [ROOT / "pyproject.toml", ROOT / "Makefile", ROOT / ".gitignore"]
+    files += (ROOT / "benchmarks" / "results").glob("*.md")  # what the figures are of
     known = set(re.findall(r"\w+", " ".join(path.read_text() for path in files)))
     known |= {schema.name for schema in onnx.defs.get_all_schemas()} | set(dir(onnx)) | OTHERS
     known |= {word for block in blocks(page) for word in re.findall(r"\w+", block.text)}
-    prose = re.sub(r"^```.*?^```$|<!-- figures: begin -->.*?<!-- figures: end -->", "", page.read_text(),
-                   flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     words = {word for code in code_of(prose) for word in re.findall(r"\b[A-Za-z_]\w{2,}", code)}
     assert not words - known, f"{page.name} names {sorted(words - known)}"
 

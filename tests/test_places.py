@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ def test_there_must_be_room_for_what_is_idle_at_any_time() -> None:
     lives = [Life(4096, 1, 3), Life(40960, 2, 4)]
     assert find_places(lives, [(0, 40960), (1, 0)]) is not None
     assert find_places(lives, [(0, 0), (1, 0)]) is None
-    assert find_places([Life(4096, 1, None)], [(0, 0)]) is None
+    assert find_places([], [(0, 0)]) is None
 
 
 def run(arena: Arena, room: int = 0) -> list[int]:
@@ -90,6 +91,20 @@ def test_another_run_is_found_out() -> None:
         assert [float(t.mean()) for t in tensors] == [0.0, 1.0]
         del tensors, tensor
     assert arena.kept == 3 * NBYTES
+
+
+def test_places_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are none: a session runs the same program many times."""
+    calls: list[int] = []
+
+    def nowhere(lives: list[Life], rooms: list[tuple[int, int]]) -> None:
+        calls.append(len(lives))
+
+    monkeypatch.setattr("runtime.arena.find_places", nowhere)
+    arena = Arena()
+    for _ in range(5):
+        run(arena)
+    assert calls == [3]
 
 
 def test_memory_that_is_in_use_is_not_given_twice() -> None:

@@ -9,7 +9,6 @@ inputs a block needs follows from the operators' maps, so that blocks are what s
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -152,20 +151,21 @@ class Fused(Operator):
         if count >= len(planes) * len(cases):
             yield out
             return
-        rounds = -(-len(planes) // count)
-        cuts = [self._aligned(planes.start + len(planes) * n // rounds, count) for n in range(1, rounds)]
-        edges = sorted({planes.start, planes.stop, *(cut for cut in cuts if planes.start < cut < planes.stop)})
+        grain, ahead = self._grain(planes.start, count)
+        rounds = -(-(len(planes) + ahead) // (count - count % grain))
+        length = -(-(len(planes) + ahead) // (rounds * grain)) * grain  # even blocks, of whole grains
         for case in range(cases.start, cases.stop):
-            for first, last in itertools.pairwise(edges):
-                yield Box((span(case, case + 1), out.axes[1], span(first, last), *out.axes[3:]))
+            for first in range(planes.start - ahead, planes.stop, length):
+                here = span(max(first, planes.start), min(first + length, planes.stop))
+                yield Box((span(case, case + 1), out.axes[1], here, *out.axes[3:]))
 
-    def _aligned(self, plane: int, count: int) -> int:
-        """Where a block begins so that all that a transposed convolution makes of a plane is in one, if it fits."""
+    def _grain(self, start: int, count: int) -> tuple[int, int]:
+        """Planes that a transposed convolution makes of one, if so many fit into a block, and those before `start`."""
         operator = self.parts[0].operator
         window = operator.windows[0] if isinstance(operator, ConvTranspose) else None
         if window is None or window.stride > count:
-            return plane
-        return plane - (plane + window.lo) % window.stride
+            return 1, 0
+        return window.stride, (start + window.lo) % window.stride
 
 
 def _run(part: Part, call: Call, before: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor:
