@@ -101,7 +101,11 @@ def test_half_precision_is_right_where_one_output_is_left(dtype: torch.dtype) ->
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 7, 9, 3, 6, generator=draw).movedim(-1, 1).to(dtype)
     weight = torch.randn(12, 3, 3, 3, 6, generator=draw).movedim(-1, 1).to(dtype)
+    geometry = Geometry((2, 2, 2), (1, 1, 0), (1, 1, 1), 1)
     with torch.inference_mode():
-        found = convolve(x, weight, None, Geometry((2, 2, 2), (1, 1, 0), (1, 1, 1), 1))
+        found = convolve(x, weight, None, geometry)
     expected = torch.nn.functional.conv3d(x.double(), weight.double(), stride=2, padding=(1, 1, 0))
+    with torch.autocast("cpu", dtype):
+        trained = convolve(x.float(), weight.float().requires_grad_(), None, geometry)
+    assert torch.equal(trained.detach(), found)
     assert found.dtype == dtype and (found.double() - expected).abs().max() < 0.01 * expected.abs().max()

@@ -5,8 +5,8 @@ slower, with bits that depend on the number of threads; the direct operator does
 result with channels last only when it is given weights in its own order: 2 to 4 times as fast, in all.  It has no
 gradient; for training, `gradients` has one for small slabs, and others take torch's own.
 
-Half precision is widened on the CPU: with AMX, oneDNN of torch 2.13 returns wrong numbers for some of its convolutions
-(a stride along a last axis that leaves one output) and crashes in others.
+Half precision, autocast's too, is widened on the CPU: with AMX, oneDNN of torch 2.13 returns wrong numbers for some of
+its convolutions (a stride along a last axis that leaves one output) and crashes in others.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if data.dim() == 3:
         flat = Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
         return convolve(data.unsqueeze(2), weight.unsqueeze(2), bias, flat, transposed).squeeze(2)
+    if data.device.type == "cpu" and torch.is_autocast_enabled("cpu") and data.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+        narrow_bias = None if bias is None else bias.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            return convolve(data.to(dtype), weight.to(dtype), narrow_bias, geometry, transposed)
     if data.device.type == "cpu" and data.dtype in (torch.bfloat16, torch.float16):
         wide_bias = None if bias is None else bias.float()
         return convolve(data.float(), weight.float(), wide_bias, geometry, transposed).to(data.dtype)
@@ -58,7 +63,7 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
         windows = gradients.Windows(geometry.stride, geometry.padding, geometry.dilation, geometry.groups, transposed)
         if gradients.is_large(data, weight, windows):
-            return gradients.large_convolution(*_as_autocast(data, weight, bias), windows)
+            return gradients.large_convolution(data, weight, bias, windows)
         if (not transposed and _suits_onednn(data, training=True)
                 and gradients.leaves_onednn(data, weight, geometry.groups)):
             return gradients.convolution(data, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
@@ -85,16 +90,7 @@ def _is_misread(data: torch.Tensor, weight: torch.Tensor, geometry: Geometry) ->
 
 def _suits_onednn(data: torch.Tensor, training: bool = False) -> bool:
     return (data.device.type == "cpu" and data.dtype == torch.float32 and torch.is_grad_enabled() == training
-            and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available() and _has_operators())
-
-
-def _as_autocast(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[
-        torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The operands in the type that autocast asks for."""
-    if not torch.is_autocast_enabled("cpu"):
-        return data, weight, bias
-    dtype = torch.get_autocast_dtype("cpu")
-    return data.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            and torch.backends.mkldnn.is_available() and _has_operators())
 
 
 @functools.cache
