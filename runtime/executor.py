@@ -114,7 +114,8 @@ def make_shards(programs: Sequence[Program], devices: Sequence[torch.device], po
     loaded: dict[torch.device, dict[str, torch.Tensor]] = {}
     for program, device in zip(programs, devices, strict=True):
         if device not in loaded:
-            loaded[device] = {n: load_weight(t, device, program.storage) for n, t in program.weights.items()}
+            with torch.inference_mode():  # nothing writes to them: kernels may keep them in an order of their own
+                loaded[device] = {n: load_weight(t, device, program.storage) for n, t in program.weights.items()}
     arena = Arena()
     return [Shard(p, d, loaded[d], poison, arena=arena) for p, d in zip(programs, devices, strict=True)]
 

@@ -43,7 +43,7 @@ class Memory:
         step: the name of the step in which that is.
         resting: most bytes of buffers that rest from chain to chain, at once; part of the peak unless in files.
         filed: bytes in mapped files.
-        weights: bytes of weights.
+        weights: bytes of weights, and of what kernels keep of them in an order of their own.
         rests: the buffers that rest in memory where the peak is, the largest first.
         crowd: those that rest there when most does.
         copies: what is copied though a kernel that writes in place would not.
@@ -90,12 +90,20 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
             for name in programs[place].steps[number].releases:
                 books[place].release(name)
             highest.enter(books[place])
-    weights = sum(t.nbytes for t in programs[0].weights.values())
+    weights = sum(t.nbytes for t in programs[0].weights.values()) + _packed(programs[0])
     rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (highest.at_peak, highest.at_most))
     filed = sum(sum(found.filed.values()) for found in books)
     copies = _sums([found.copies for found in books])
     return Memory(highest.peak, highest.where, highest.most, filed, weights, rests, crowd,
                   tuple(Copy(name, nbytes) for name, nbytes in copies.items()), tuple(highest.turns))
+
+
+def _packed(program: Program) -> int:
+    """Bytes of the weights that kernels keep in an order of their own (`kernels.onednn`)."""
+    names = {window.buffer for step in program.steps if isinstance(step.action, Compute)
+             and isinstance(step.action.operator, Fused) and step.action.operator.is_direct
+             for window in step.action.reads[1:2] if window is not None}
+    return sum(program.weights[name].nbytes for name in names if name in program.weights)
 
 
 def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:

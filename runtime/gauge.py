@@ -157,7 +157,8 @@ class Gauge:
         weights: dict[str, torch.Tensor] = {}
         for index, shape in enumerate(trial.weights):
             values = np.random.default_rng(index).uniform(0.1, 1.0, shape).astype(np.float32)
-            weights[f"w{index}"] = load_weight(ir.tensor(values), self.device, storage)
+            with torch.inference_mode():
+                weights[f"w{index}"] = load_weight(ir.tensor(values), self.device, storage)
         _, more = _specs("w", trial.weights)
         outs, writes = _specs("y", [t.shape for t in operator.outputs])
         if trial.into:

@@ -1,10 +1,11 @@
 """A kernel and what follows it cell by cell, block by block of the result, each block finished while it is in cache.
 
-    y = Conv(x, w, b); z = LeakyRelu(y)        for planes [a, b) of z:   y' = conv(x[a-1:b+1]);  z[a:b] = leaky_relu(y')
+    y = Conv(x, w, b); z = Relu(y)        for planes [a, b) of z:   y' = conv(x[a-1:b+1]);  z[a:b] = relu(y')
 
-No intermediate result is ever whole, and the result goes into memory that is there already: the kernels of torch's
-libraries bring new memory into being, whose pages cost as much as the arithmetic of small layers.  Which cells of the
-inputs a block needs follows from the operators' maps, so that blocks are what slabs are: exact.
+No intermediate result is ever whole, and the result goes into memory that is there already: torch's kernels bring new
+memory into being, whose pages cost as much as the arithmetic of small layers.  Kernels that write where they are told
+(`kernels.onednn`) need no memory beside, and take a LeakyRelu along.  Which cells of the inputs a block needs follows
+from the operators' maps, so that blocks are what slabs are: exact.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from partitioner.geometry import Box, local_slices, span
 from partitioner.ops.base import Call, Needs, NodeView, Operator, Unsupported, need_pieces
+from partitioner.ops.kernels import onednn
 from partitioner.ops.standard.conv import Conv, ConvTranspose
 from partitioner.ops.standard.norm import BatchNormalization, Normalize
 from partitioner.ops.standard.pointwise import Pointwise
@@ -30,6 +32,9 @@ else:
 
 BLOCK = 4 << 20
 """Bytes of a block's result: fewer make the calls dear, more do not stay in cache (measured from 1 to 16 MiB)."""
+
+TAKEN = ("LeakyRelu",)
+"""What a convolution's kernel does in passing; not Relu: oneDNN's makes zeros of NaN."""
 
 PREVIOUS = -1
 """Stands for the result of the part before."""
@@ -68,6 +73,8 @@ def block_workspace(operator: Operator, ins: Sequence[Any], outs: Sequence[Any])
         ins, outs: elements per input and output; numbers, or arrays of them.
     """
     (kind,) = operator.outputs
+    if operator.writes_into:
+        return operator.workspace(ins, outs)
     nbytes, plain = outs[0] * kind.itemsize, operator.workspace(ins, outs)
     block = max(float(BLOCK), math.prod(kind.shape[3:]) * kind.shape[1] * kind.itemsize)
     return np.where(nbytes > BLOCK, block + plain * np.minimum(1.0, block / np.maximum(1.0, nbytes)), plain)
@@ -96,10 +103,22 @@ class Fused(Operator):
 
     def then(self, operator: Operator, sources: Sequence[int], inputs: int) -> Fused:
         """With an operator more that reads the result; its other inputs come after the first `inputs` ones."""
+        if self._takes(operator):
+            (part,) = self.parts
+            assert isinstance(part.operator, Conv) and isinstance(operator, Pointwise)
+            slope = dict(operator.attributes).get("alpha", 0.01)
+            return replace(self, parts=(replace(part, operator=replace(part.operator, slope=float(slope))),))
         given = tuple(t for t, s in zip(operator.inputs, sources, strict=False) if s != PREVIOUS)
         own = (*self.inputs, *(None,) * (inputs - len(self.inputs)))
         return replace(self, inputs=(*own, *given), outputs=operator.outputs,
                        parts=(*self.parts, Part(operator, operator.needs(0), tuple(sources))))
+
+    def _takes(self, operator: Operator) -> bool:
+        """Whether the one part there is does this in passing."""
+        if len(self.parts) != 1 or not isinstance(operator, Pointwise) or operator.op_type not in TAKEN:
+            return False
+        first = self.parts[0].operator
+        return isinstance(first, Conv) and first.writes_into and first.slope is None
 
     def needs(self, output: int = 0) -> Needs:
         return self.parts[0].operator.needs(output)
@@ -107,6 +126,11 @@ class Fused(Operator):
     @property
     def writes_into(self) -> bool:
         return self.in_blocks or any(part.operator.writes_into for part in self.parts[-1:])
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the first kernel writes where the result will lie."""
+        return any(part.operator.writes_into for part in self.parts[:1])
 
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
         if not self.parts:
@@ -116,24 +140,31 @@ class Fused(Operator):
     @property
     def is_beside(self) -> bool:
         """Whether a result that goes to its place in a larger buffer is computed beside it first."""
-        return not self.in_blocks and len(self.parts) > 1
+        return not self.in_blocks and len(self.parts) > 1 and not self.is_direct
 
     def flops(self, out: float) -> float:
         return sum(part.operator.flops(out) for part in self.parts)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         into = call.into
-        if into is None or not self.in_blocks:
+        if into is None or not self.in_blocks or self._is_one_call(call):
             return (self._compute(call, into),)
         for out in self._blocks(call.outs[0], into.element_size()):
             self._compute(replace(call, outs=(out,)), _cells(into, call.outs[0], out))
         return (into,)
 
+    def _is_one_call(self, call: Call) -> bool:
+        """Whether the one kernel reads its input and writes its result as they lie; it would copy others whole."""
+        data, into = call.tensor(0), call.into
+        last = torch.channels_last if data.dim() == 4 else torch.channels_last_3d
+        return (len(self.parts) == 1 and self.is_direct and onednn.suits(data) and into is not None
+                and data.is_contiguous(memory_format=last) and into.is_contiguous(memory_format=last))
+
     def _compute(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
         """All parts for one block, or the whole; the last one writes into memory that is given."""
         result: torch.Tensor | None = None
         for part in self.parts:
-            room = result if into is None or part is not self.parts[-1] else into
+            room = into if into is not None and (self.is_direct or part is self.parts[-1]) else result
             result = _run(part, call, result, room if part.operator.writes_into else None)
         assert result is not None
         if into is not None and not self.parts[-1].operator.writes_into:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
+import onnx_ir as ir
 
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
@@ -24,6 +25,7 @@ from partitioner.ops.base import (
     WrongExtents,
     whole,
 )
+from partitioner.ops.kernels import onednn
 from partitioner.ops.kernels.convolve import Geometry, convolve
 from partitioner.ops.kernels.windows import (
     crop_outputs,
@@ -60,6 +62,9 @@ def _check_ranks(data: TensorType, weight: TensorType) -> None:
 class Conv(Operator):
     """Convolution: any kernel, stride, dilation, group and padding.
 
+    Args:
+        slope: of a LeakyRelu that follows, where a program has joined it (see `partitioner.ops.fused`).
+
     Source: ONNX Conv (1, 11, 22).
     """
 
@@ -74,6 +79,7 @@ class Conv(Operator):
 
     windows: tuple[Window, ...]
     group: int
+    slope: float | None = None
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -121,7 +127,14 @@ class Conv(Operator):
         copies = self.outputs[0].itemsize * (cells + results + sum(blocked))
         return np.where(np.asarray(cells) / data.shape[-1] <= _SMALL, copies, 0.0)  # pyright: ignore
 
+    @property
+    def writes_into(self) -> bool:
+        return onednn.is_installed() and self.outputs[0].rank > 3 and self.outputs[0].dtype == ir.DataType.FLOAT
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        direct = self._run_onednn(call)
+        if direct is not None:
+            return (direct,)
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True)]
         data = pad_explicitly(call.tensor(0), borders, 0.0)
@@ -131,7 +144,23 @@ class Conv(Operator):
             dilation=[w.dilation for w in self.windows],
             groups=self.group,
         ))
-        return (crop_outputs(result, borders, outs),)
+        result = crop_outputs(result, borders, outs)
+        if self.slope is not None:
+            result = functional.leaky_relu(result, self.slope)
+        return (result if call.into is None else call.into.copy_(result),)
+
+    def _run_onednn(self, call: Call) -> torch.Tensor | None:
+        """By the library itself, where it has a kernel: it pads either side by itself, and writes to the place."""
+        data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
+        if not onednn.suits(data):
+            return None
+        held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
+        padding = tuple(local_padding(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True))
+        if min(map(min, padding)) < 0:
+            return None
+        return onednn.convolve(data, weight, bias, onednn.Task(
+            tuple(data.shape), tuple(weight.shape), bias is not None, tuple(w.stride for w in self.windows),
+            tuple(w.dilation for w in self.windows), padding, self.group, self.slope), call.into)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
@@ -212,12 +241,33 @@ class ConvTranspose(Operator):
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return Backward(inputs=(0, 1), workspace=self.outputs[0].itemsize * outs[0])
 
+    @property
+    def writes_into(self) -> bool:
+        return onednn.is_installed() and self.outputs[0].rank > 3 and self.outputs[0].dtype == ir.DataType.FLOAT
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        direct = self._run_onednn(call)
+        if direct is not None:
+            return (direct,)
+        result = self._run_torch(call)
+        return (result if call.into is None else call.into.copy_(result),)
+
+    def _run_onednn(self, call: Call) -> torch.Tensor | None:
+        """By the library itself, where it has a kernel: it crops either side by itself, and writes to the place."""
+        data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
+        spans = self._spans(call.box(0), call.outs[0])
+        if not onednn.suits(data) or min(map(min, spans)) < 0:
+            return None
+        return onednn.convolve(data, weight, bias, onednn.Task(
+            tuple(data.shape), tuple(weight.shape), bias is not None, tuple(w.stride for w in self.windows),
+            tuple(w.dilation for w in self.windows), tuple(spans), self.group, transposed=True), call.into)
+
+    def _run_torch(self, call: Call) -> torch.Tensor:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
         out = call.outs[0]
         spans = self._spans(call.box(0), out)
         if not all(call.box(0).shape):
-            return (self._bias_only(data, bias, out),)
+            return self._bias_only(data, bias, out)
         padding = [min(lo, hi) if min(lo, hi) > 0 else 0 for lo, hi in spans]
         spans = [(lo - p, hi - p) for (lo, hi), p in zip(spans, padding, strict=True)]
         complete = all(lo >= 0 and hi >= 0 for lo, hi in spans)
@@ -229,9 +279,9 @@ class ConvTranspose(Operator):
             keep = result.shape[axis + 2] - max(lo, 0) - max(hi, 0)
             result = result.narrow(axis + 2, max(lo, 0), keep)
         if complete:
-            return (result,)
+            return result
         result = functional.pad(result, [max(0, -v) for pair in reversed(spans) for v in pair])
-        return (result if bias is None else result + bias.reshape(-1, *(1,) * len(spans)),)
+        return result if bias is None else result + bias.reshape(-1, *(1,) * len(spans))
 
     def _spans(self, box: Box, out: Box) -> list[tuple[int, int]]:
         """Cells of the full local result to crop before and after each axis; negative where it lacks some."""
