@@ -20,6 +20,7 @@ ALL_REDUCE_MOMENTS = "AllReduceMoments"
 MOMENTS = "Moments"
 NORMALIZE = "Normalize"
 GROUP_NORMALIZATION = "GroupNormalization"
+CONCAT_CONV = "ConcatConv"
 TRAINING_BATCH_NORMALIZATION = "TrainingBatchNormalization"
 TRAINING_DROPOUT = "TrainingDropout"
 
@@ -139,6 +140,15 @@ def group_normalization_attributes(groups: int, epsilon: float, dtype: ir.DataTy
     }
 
 
+def _concat_conv(name: str, opset: int) -> ir.Function:
+    x, w, bias, other, more = (ir.Value(name=n) for n in ("x", "w", "bias", "x2", "w2"))
+    data, weight = (ir.Node("", "Concat", pair, [ir.AttrInt64("axis", 1)]) for pair in ([x, other], [w, more]))
+    names = ["strides", "dilations", "pads"]
+    told = [ir.RefAttr(n, n, ir.AttributeType.INTS) for n in names]
+    node = ir.Node("", "Conv", [data.outputs[0], weight.outputs[0], bias], told)
+    return _function(name, opset, [x, w, bias, other, more], [node.outputs[0]], [data, weight, node], names)
+
+
 def _training_batch_normalization(name: str, opset: int) -> ir.Function:
     x, scale, bias = (ir.Value(name=n) for n in ("x", "scale", "bias"))
     nodes: list[ir.Node] = []
@@ -191,4 +201,5 @@ FUNCTIONS: dict[str, Callable[[str, int], ir.Function]] = {
     TRAINING_BATCH_NORMALIZATION: _training_batch_normalization,
     TRAINING_DROPOUT: _training_dropout,
     GROUP_NORMALIZATION: _group_normalization,
+    CONCAT_CONV: _concat_conv,
 }

@@ -22,11 +22,13 @@ from passes.canonicalize import Canonicalize
 from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
+from passes.join_exchanges import JoinExchanges
 from passes.keep_apart import KeepApart
 from passes.merge_exchanges import MergeExchanges
 from passes.overlap_halos import OverlapHalos
 from passes.pipeline import Observer, Pipeline
 from passes.prepare_training import PrepareTraining
+from passes.read_parts import ReadParts
 from passes.schedule import Schedule
 from passes.split_reductions import SplitReductions
 
@@ -62,11 +64,13 @@ class Steering:
         deepened: values of which ranks compute the halos themselves instead of exchanging them; None for all for which
             that can be done.
         overlapped: halo exchanges whose messages travel while an interior is computed; None for all that can.
+        joined: whether exchanges of several values share their messages.
     """
 
     pinned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     deepened: frozenset[str] | None = frozenset()
     overlapped: frozenset[str] | None = frozenset()
+    joined: bool = True
 
 
 Purpose = Literal["inference", "evaluation", "training"]
@@ -85,6 +89,7 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
     return Pipeline((
         Canonicalize(shapes, strict, fold_norms=purpose == "inference"),
         KeepApart(mesh, trains=purpose != "inference"),
+        *((ReadParts(frozenset(steering.pinned)),) if purpose == "inference" else ()),
         *((PrepareTraining(),) if purpose == "training" else ()),
         AssignShards(mesh, cuts, () if rolled is None else (rolled,), steering.pinned),
         InsertReshards(),
@@ -95,6 +100,7 @@ def standard_pipeline(mesh: Mesh, shapes: Shapes, cuts: Mapping[str, Cuts], stri
         MergeExchanges(),
         Schedule(rolled=rolled, strips=strips),
         *((OverlapHalos(steering.overlapped),) if steering.overlapped != frozenset() else ()),
+        *((JoinExchanges(),) if purpose == "inference" and steering.joined else ()),
         AnnotateDevices(),
     ))
 

@@ -251,12 +251,16 @@ def copied_bytes(node: ir.Node, part: Layout, mesh: Mesh, lifetimes: Lifetimes, 
 
 
 def exchange_traffic(node: ir.Node, mesh: Mesh) -> tuple[IntArray, IntArray, IntArray]:
-    """Bytes sent, bytes received and messages sent per rank by a HaloExchange or Reshard."""
+    """Bytes sent, bytes received and messages sent per rank by a HaloExchange or Reshard.
+
+    One that travels in the messages of another has none of its own.
+    """
     source, target = node.inputs[0], node.outputs[0]
     assert source is not None and source.dtype is not None
     traffic = plan_exchange(mesh, dialect.get_layout(source), dialect.get_layout(target)).traffic
     size = source.dtype.itemsize
-    return ((traffic.sent * size).astype(np.int64), (traffic.received * size).astype(np.int64), traffic.messages)
+    messages = traffic.messages if dialect.joined_exchange(node) is None else np.zeros_like(traffic.messages)
+    return (traffic.sent * size).astype(np.int64), (traffic.received * size).astype(np.int64), messages
 
 
 def all_reduce_traffic(node: ir.Node, mesh: Mesh) -> tuple[IntArray, IntArray]:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from partitioner.bodies import (
     ALL_REDUCE,
     ALL_REDUCE_MOMENTS,
+    CONCAT_CONV,
     DOMAIN,
     FUNCTIONS,
     GROUP_NORMALIZATION,
@@ -41,6 +42,7 @@ VERSION = 1
 __all__ = [
     "ALL_REDUCE",
     "ALL_REDUCE_MOMENTS",
+    "CONCAT_CONV",
     "DOMAIN",
     "GROUP_NORMALIZATION",
     "HALO_EXCHANGE",
@@ -70,6 +72,7 @@ _LAYOUT = "partitioner.layout"
 _MESH = "partitioner.mesh"
 _PARTIAL = "partitioner.partial"
 _OVERLAPPED = "partitioner.overlapped"
+_JOINED = "partitioner.joined"
 _STORAGE = "partitioner.storage"
 _SCHEDULE = "partitioner.schedule"
 _REST = "partitioner.rest"
@@ -207,6 +210,16 @@ def set_partial(node: ir.Node, mesh_axes: Sequence[str]) -> None:
 def is_overlapped(node: ir.Node) -> bool:
     """Whether the messages of a halo exchange travel while its first reader computes; see `partitioner.interior`."""
     return node.metadata_props.get(_OVERLAPPED) == "1"
+
+
+def joined_exchange(node: ir.Node) -> str | None:
+    """The name of the exchange before, in whose messages the cells of this one travel; None for its own."""
+    return node.metadata_props.get(_JOINED)
+
+
+def set_joined(node: ir.Node, leader: str) -> None:
+    """Let the cells of an exchange travel in the messages of another one that stands before it."""
+    node.metadata_props[_JOINED] = leader
 
 
 def set_overlapped(node: ir.Node, overlapped: bool) -> None:

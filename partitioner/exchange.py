@@ -125,6 +125,23 @@ class Exchange:
         have = self.owned.part(axis, here)
         return [i for i, part in enumerate(_parts(self.needed, axis)) if intersect(part, have)]
 
+    def goes_with(self, other: Exchange) -> bool:
+        """Whether the other exchange sends a message wherever this one does."""
+        mine, theirs = self._links(), other._links()
+        return mine is not None and theirs is not None and mine.keys() == theirs.keys() and all(
+            bool((mine[name] <= theirs[name]).all()) for name in mine)
+
+    def _links(self) -> dict[str, NDArray[np.bool_]] | None:
+        """Per mesh axis from which coordinate to which one cells go; None where axes change hands."""
+        found: dict[str, NDArray[np.bool_]] = {}
+        for axis in range(len(self.owned.shape)):
+            name = _name(self.owned, axis)
+            if name != _name(self.needed, axis):
+                return None
+            if name is not None:
+                found[name] = self._table(axis) > 0
+        return found
+
     @cached_property
     def traffic(self) -> Traffic:
         """Elements sent and received and messages sent, per rank, from per-axis tables alone."""

@@ -107,7 +107,7 @@ def _convolution(kernels: Kernels, operator: Conv | ConvTranspose, out: Number, 
     if isinstance(operator, ConvTranspose):
         features = (weight.shape[0] / group, channels / group)
         return kernels.convolution_seconds("transposed", flops, features, amount, nbytes, dtype)
-    if group > 1 and weight.shape[1] == 1:
+    if group > 1 and operator.channels_read == 1:
         return kernels.convolution_seconds("depthwise", flops, (window,), amount * channels, nbytes, dtype)
-    features = (weight.shape[1], channels / group, window)
+    features = (operator.channels_read, channels / group, window)
     return kernels.convolution_seconds("conv", flops, features, amount, nbytes, dtype)

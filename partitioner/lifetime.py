@@ -65,7 +65,7 @@ def find_lifetimes(model: ir.Model, in_place: bool = True) -> Lifetimes:
     """
     nodes = list(model.graph)
     position = {node: index for index, node in enumerate(nodes)}
-    homes = _Homes(_shared_buffers(nodes), find_in_place(model, nodes, position) if in_place else {},
+    homes = _Homes(shared_buffers(nodes), find_in_place(model, nodes, position) if in_place else {},
                    find_placed(model, nodes, position) if in_place else {})
     buffer_of: dict[str, str] = {}
     shifts: dict[str, Shifts] = {}
@@ -92,7 +92,7 @@ def _inputs(model: ir.Model, position: dict[ir.Node, int]) -> list[tuple[int, Se
     return [(min((position[u.node] for u in v.uses()), default=0), [v]) for v in model.graph.inputs]
 
 
-def _shared_buffers(nodes: Sequence[ir.Node]) -> dict[str, str]:
+def shared_buffers(nodes: Sequence[ir.Node]) -> dict[str, str]:
     """Value before a halo exchange -> value after it, where one buffer serves both."""
     found: dict[str, str] = {}
     for node in nodes:

@@ -125,7 +125,9 @@ def _exchange(node: ir.Node) -> str:
     before, after = dialect.get_layout(source), dialect.get_layout(target)
     changes = [_change(before, after, axis) for axis in range(len(after.shape))]
     told = "; ".join(filter(None, changes)) or "nothing moves"
-    return f"{_type(source)} -> {after}  {told}" + (", overlapped" if dialect.is_overlapped(node) else "")
+    leader = dialect.joined_exchange(node)
+    with_others = f", in the messages of {leader}" if leader is not None else ""
+    return f"{_type(source)} -> {after}  {told}{with_others}" + (", overlapped" if dialect.is_overlapped(node) else "")
 
 
 def _change(before: Layout, after: Layout, axis: int) -> str:

@@ -223,6 +223,10 @@ class _Clock:
         return StepTime(node, str(node.name), compute, communication, wait)
 
     def _message_seconds(self, step: StepCost) -> FloatArray:
+        if dialect.is_exchange(step.node) and dialect.joined_exchange(step.node) is not None:
+            whole, empty = (self.profile.message_seconds(n, np.ones(self.mesh.shape), self.transport)
+                            for n in (step.sent, self.zero))
+            return np.where(step.sent > 0, np.maximum(0.0, whole - empty), 0.0)
         found = self.profile.message_seconds(step.sent, np.asarray(step.messages, np.float64), self.transport)
         if self.link is None:
             return found

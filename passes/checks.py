@@ -170,6 +170,21 @@ def _overlaps(model: ir.Model) -> Iterator[str]:
             yield f"{node.name} is marked to overlap with its first reader, which cannot compute an interior"
 
 
+def _joined(model: ir.Model) -> Iterator[str]:
+    before: list[ir.Node] = []
+    for node in model.graph:
+        if not dialect.is_exchange(node):
+            before = []
+            continue
+        leader = dialect.joined_exchange(node)
+        if leader is None:
+            before = [node]
+            continue
+        if not before or before[0].name != leader or dialect.is_overlapped(node):
+            yield f"{node.name} is to travel with {leader}, which does not stand before it"
+        before.append(node)
+
+
 STATIC = Check("static shapes", _static)
 KNOWN = Check("known operators", _known)
 LAID_OUT = Check("every value laid out", _laid_out)
@@ -181,5 +196,6 @@ EXCHANGES = Check("exchanges start from disjoint shards", _exchanges)
 NO_CHAIN = Check("no exchange feeds an exchange", _no_chain)
 SCHEDULED = Check("schedule fits", _scheduled)
 OVERLAPS = Check("overlaps fit", _overlaps)
+JOINED = Check("joined exchanges stand together", _joined)
 
-ALL = (STATIC, KNOWN, LAID_OUT, COVER, AGREE, SPLIT, MET, EXCHANGES, NO_CHAIN, SCHEDULED, OVERLAPS)
+ALL = (STATIC, KNOWN, LAID_OUT, COVER, AGREE, SPLIT, MET, EXCHANGES, NO_CHAIN, SCHEDULED, OVERLAPS, JOINED)

@@ -235,16 +235,25 @@ def jobs_of(pairs: Sequence[tuple[Shard, Exchange]]) -> list[Job]:
     """The messages of an exchange, room for what it brings made and what is kept copied."""
     jobs: list[Job] = []
     for shard, action in pairs:
-        if action.target not in shard.buffers:
-            shard.allocate(action.target)
-        if action.keep is not None:
-            source, target = action.keep
-            cells = views(shard.tensor(source.buffer), source)
-            for kept, place in zip(cells, views(shard.tensor(target.buffer), target), strict=True):
-                place.copy_(kept)
-        jobs.append(Job(shard.program.rank, tuple(map(shard.parcel, action.sends)),
-                        tuple(map(shard.parcel, action.receives))))
+        for one in action.each:
+            if one.target not in shard.buffers:
+                shard.allocate(one.target)
+            if one.keep is not None:
+                source, target = one.keep
+                cells = views(shard.tensor(source.buffer), source)
+                for kept, place in zip(cells, views(shard.tensor(target.buffer), target), strict=True):
+                    place.copy_(kept)
+        jobs.append(Job(shard.program.rank, _parcels(shard, [m for one in action.each for m in one.sends]),
+                        _parcels(shard, [m for one in action.each for m in one.receives])))
     return jobs
+
+
+def _parcels(shard: Shard, messages: Sequence[Message]) -> tuple[Parcel, ...]:
+    """One parcel for every peer."""
+    found: dict[int, tuple[torch.Tensor, ...]] = {}
+    for message in messages:
+        found[message.peer] = (*found.get(message.peer, ()), *shard.parcel(message).views)
+    return tuple(Parcel(peer, tensors) for peer, tensors in found.items())
 
 
 def accumulate(shard: Shard, action: Merge) -> None:

@@ -191,10 +191,11 @@ class _Books:
                 pass
 
     def _messages(self, exchange: Exchange) -> int:
-        """Bytes of what is sent and received; the target is brought into being."""
-        if exchange.target not in self.alive:
-            self._fill(exchange, Window(exchange.target, self.program.buffers[exchange.target].box, ()))
-        return sum(self._bytes(w) for m in (*exchange.sends, *exchange.receives) for w in m.windows)
+        """Bytes of what is sent and received; the targets are brought into being."""
+        for one in exchange.each:
+            if one.target not in self.alive:
+                self._fill(one, Window(one.target, self.program.buffers[one.target].box, ()))
+        return sum(self._bytes(w) for one in exchange.each for m in (*one.sends, *one.receives) for w in m.windows)
 
     def release(self, name: str) -> None:
         """A buffer that nobody reads any more."""

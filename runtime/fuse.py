@@ -14,7 +14,7 @@ from typing import Any
 
 from partitioner.ops.base import Operator
 from partitioner.ops.fused import BLOCK, PREVIOUS, Fused, follows, starts
-from runtime.program import Action, Compute, Program, Step, Window
+from runtime.program import Action, Compute, Program, Step, Window, nothing
 
 
 def fuse(program: Program) -> Program:
@@ -31,7 +31,7 @@ def fuse(program: Program) -> Program:
         action = _joined(steps[last].action, step.action, made) if last >= 0 else None
         if action is not None:
             steps[last] = replace(steps[last], action=action)
-            steps.append(replace(step, action=Compute(step.action.name, Fused((), ()), (), ())))
+            steps.append(replace(step, action=nothing(step.action.name)))
             continue
         last = len(steps) if isinstance(step.action, Compute) else -1
         steps.append(replace(step, action=in_blocks(step.action, made)))

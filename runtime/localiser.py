@@ -27,6 +27,7 @@ from runtime.program import (
     Step,
     Store,
     Window,
+    nothing,
     place,
 )
 
@@ -43,6 +44,11 @@ class Localiser:
         self.boxes = {b.name: b.layout.box(self.here) for b in lifetimes.buffers.values()}
         self.overlaps = lifetimes.overlaps if overlaps else {}
         self.posted = {exchange for overlap in self.overlaps.values() for exchange in overlap.exchanges}
+        self.joined: dict[str, list[ir.Node]] = {}
+        for node in model.graph:
+            leader = dialect.joined_exchange(node)
+            if leader is not None:
+                self.joined.setdefault(leader, []).append(node)
         self._shares: dict[ir.Node, RankExchange] = {}
         self.weights = {str(v.name): v.const_value for v in model.graph.initializers.values()
                         if v.const_value is not None and v.uses()}
@@ -117,7 +123,9 @@ class Localiser:
 
     def _action(self, node: ir.Node) -> Action:
         if dialect.is_exchange(node):
-            return self._exchange(node)
+            if dialect.joined_exchange(node) is not None:  # it has come with the one before
+                return nothing(str(node.name))
+            return replace(self._exchange(node), joined=tuple(map(self._exchange, self.joined.get(str(node.name), ()))))
         if dialect.is_all_reduce(node):
             return self._all_reduce(node)
         outs = tuple(dialect.get_layout(v).box(self.here) for v in node.outputs)

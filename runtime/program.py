@@ -22,6 +22,7 @@ from partitioner.geometry import Box, Interval, local_slices
 from partitioner.lifetime import Lifetimes, find_lifetimes
 from partitioner.mesh import Mesh
 from partitioner.ops.base import Operator
+from partitioner.ops.fused import Fused
 
 Slices = tuple[tuple[slice, ...], ...]
 """Per axis the slices of a buffer, in order; several where the wanted cells do not lie side by side."""
@@ -137,7 +138,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bring a value to another layout; `keep` pairs what is copied locally (none in a shared buffer)."""
+    """Bring a value to another layout; `keep` pairs what is copied locally (none in a shared buffer).
+
+    Args:
+        joined: exchanges of other values, which travel in the messages of this one; they have no step of their own.
+    """
 
     name: str
     source: Window
@@ -145,6 +150,12 @@ class Exchange:
     keep: tuple[Window, Window] | None
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
+    joined: tuple[Exchange, ...] = ()
+
+    @property
+    def each(self) -> tuple[Exchange, ...]:
+        """This one and those that travel with it."""
+        return (self, *self.joined)
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,11 @@ class Forget:
     cells: Interval
 
 
+def nothing(name: str) -> Compute:
+    """The action of a step that does nothing."""
+    return Compute(name, Fused((), ()), (), ())
+
+
 Action = Load | Store | Compute | Exchange | Post | Finish | AllReduce | Merge | Move | Forget
 
 
@@ -220,7 +236,9 @@ def windows_read(action: Action) -> tuple[Window, ...]:
             return (action.window,)
         case Compute():
             return tuple(w for w in action.reads if w is not None)
-        case Exchange() | Move():
+        case Exchange():
+            return tuple(one.source for one in action.each)
+        case Move():
             return (action.source,)
         case Post():
             return (action.exchange.source,)
@@ -240,7 +258,7 @@ def windows_written(action: Action) -> tuple[Window, ...]:
         case Compute():
             return action.writes
         case Exchange():
-            return (*_kept(action), *_received(action))
+            return tuple(window for one in action.each for window in (*_kept(one), *_received(one)))
         case Post():
             return _kept(action.exchange)
         case Finish():
@@ -265,7 +283,7 @@ def buffers_written(action: Action) -> tuple[str, ...]:
     """The buffers that an action fills, or brings into being."""
     match action:
         case Exchange():
-            return (action.target,)
+            return tuple(one.target for one in action.each)
         case Post() | Finish():
             return (action.exchange.target,)
         case _:

@@ -29,9 +29,11 @@ from passes.canonicalize import Canonicalize
 from passes.deepen_halos import DeepenHalos
 from passes.insert_halo_exchanges import InsertHaloExchanges
 from passes.insert_reshards import InsertReshards
+from passes.join_exchanges import JoinExchanges
 from passes.keep_apart import KeepApart
 from passes.merge_exchanges import MergeExchanges
 from passes.pipeline import Observer, Pipeline
+from passes.read_parts import ReadParts
 from passes.schedule import Schedule, Storage
 from passes.split_reductions import SplitReductions
 from runtime.executor import Executor, Shard, make_shards
@@ -123,9 +125,10 @@ def pipeline(mesh: Mesh, cuts: Cuts | None = None, shapes: Mapping[str, Sequence
     """All passes."""
     chosen = {name: tuple(positions) for name, positions in (cuts or {}).items()}
     axes = () if rolled is None else (rolled,)
-    return Pipeline((Canonicalize(shapes or {}), KeepApart(mesh), AssignShards(mesh, chosen, axes, pinned or {}),
-                     InsertReshards(), SplitReductions(), *((DeepenHalos(deepened),) if deepened else ()),
-                     InsertHaloExchanges(), MergeExchanges(), Schedule(storage, rolled, thickness, strips)))
+    return Pipeline((Canonicalize(shapes or {}), KeepApart(mesh), ReadParts(pinned or (), fewest=1),
+                     AssignShards(mesh, chosen, axes, pinned or {}), InsertReshards(), SplitReductions(),
+                     *((DeepenHalos(deepened),) if deepened else ()), InsertHaloExchanges(), MergeExchanges(),
+                     Schedule(storage, rolled, thickness, strips), JoinExchanges()))
 
 
 

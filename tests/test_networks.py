@@ -115,4 +115,4 @@ def test_communication_keeps_the_bits(name: str, tmp_path: Path) -> None:
 
     mesh, cuts = layouts(network, network.shape)[-1]
     compile_plan(model, mesh, cuts, observe=[observe])
-    assert len(bits) == 8
+    assert len(bits) == 10

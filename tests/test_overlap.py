@@ -42,8 +42,8 @@ from tests.test_graphs import quick, thorough
 
 def lay_out(model: onnx.ModelProto, mesh: str, names: Sequence[str] | None = None, **options) -> ir.Model:
     """The plan of a model, overlapped wherever it can be (or at some exchanges), as its file has it."""
-    passes = pipeline(Mesh.parse(mesh), **options).passes
-    return load_model(ir.to_proto(Pipeline((*passes, OverlapHalos(names))).run(load_model(model))))
+    *passes, join = pipeline(Mesh.parse(mesh), **options).passes
+    return load_model(ir.to_proto(Pipeline((*passes, OverlapHalos(names), join)).run(load_model(model))))
 
 
 def check(network: Network) -> bool:

@@ -62,6 +62,7 @@ class Task:
         stride, dilation: per spatial axis.
         padding: per spatial axis before and after it (cropping, when transposed), none of them negative.
         slope: of the LeakyRelu that follows, where one does.
+        adds: to what is there already (then `convolve` needs `into`, dense).
     """
 
     data: tuple[int, ...]
@@ -73,6 +74,7 @@ class Task:
     groups: int
     slope: float | None = None
     transposed: bool = False
+    adds: bool = False
 
     @property
     def channels(self) -> int:
@@ -122,6 +124,8 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     last = torch.channels_last if data.dim() == 4 else torch.channels_last_3d
     place = into
     if place is None or not place.is_contiguous(memory_format=last):
+        if task.adds:
+            return None
         place = torch.empty(task.result, dtype=data.dtype, memory_format=last)
     kernel.run(data.contiguous(memory_format=last), bias, place)
     if into is None or place is into:
@@ -259,7 +263,7 @@ class _Library:
             self.layout(task.data), wanted,
             self.layout((task.channels,)) if task.has_bias else None, self.layout(task.result),
             _integers(task.stride), _integers([d - 1 for d in task.dilation]), _integers(before), _integers(after),
-            self._attributes(task.slope))
+            self._attributes(task))
         name = ctypes.c_char_p()
         self.call("primitive_desc_query", described, _IMPLEMENTATION, 0, ctypes.byref(name))
         if not (name.value or b"").startswith((b"jit", b"brg")):
@@ -269,13 +273,15 @@ class _Library:
         own = next(same, None) or self._pack(weight, self.layout(shape, strides), layout)
         return self.make("primitive", described), own, scratch
 
-    def _attributes(self, slope: float | None) -> _Object:
+    def _attributes(self, task: Task) -> _Object:
         attributes = self.make("primitive_attr")
         self.call("primitive_attr_set_scratchpad_mode", attributes, _OWN_SCRATCHPAD)
-        if slope is not None:
-            after = self.make("post_ops")
-            self.call("post_ops_append_eltwise", after, _RELU, ctypes.c_float(slope), ctypes.c_float(0.0))
-            self.call("primitive_attr_set_post_ops", attributes, after)
+        after = self.make("post_ops")
+        if task.adds:
+            self.call("post_ops_append_sum", after, ctypes.c_float(1.0), ctypes.c_int32(0), _FLOAT32)
+        if task.slope is not None:
+            self.call("post_ops_append_eltwise", after, _RELU, ctypes.c_float(task.slope), ctypes.c_float(0.0))
+        self.call("primitive_attr_set_post_ops", attributes, after)
         return attributes
 
     def _layout_of(self, described: _Object, what: int) -> _Object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -149,27 +149,37 @@ class Conv(Operator):
             result = functional.leaky_relu(result, self.slope)
         return (result if call.into is None else call.into.copy_(result),)
 
-    def _run_onednn(self, call: Call) -> torch.Tensor | None:
+    def add_to(self, result: torch.Tensor, call: Call) -> torch.Tensor:
+        """Add what this convolution makes to a result that is there."""
+        direct = self._run_onednn(replace(call, into=result), adds=True)
+        if direct is not None:
+            return direct
+        (more,) = replace(self, slope=None).run(call)
+        result = result.add_(more)
+        return result if self.slope is None else functional.leaky_relu_(result, self.slope)
+
+    def local_pads(self, held: Box, out: Box) -> list[tuple[int, int]]:
+        """Padding before and after every spatial axis of a local input."""
+        return [local_padding(w, h, o)
+                for w, h, o in zip(self.windows, held.intervals()[2:], out.intervals()[2:], strict=True)]
+
+    def _run_onednn(self, call: Call, adds: bool = False) -> torch.Tensor | None:
         """By the library itself, where it has a kernel: it pads either side by itself, and writes to the place."""
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
         if not onednn.suits(data):
             return None
-        held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
-        padding = tuple(local_padding(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True))
+        padding = tuple(self.local_pads(call.box(0), call.outs[0]))
         if min(map(min, padding)) < 0:
             return None
         return onednn.convolve(data, weight, bias, onednn.Task(
             tuple(data.shape), tuple(weight.shape), bias is not None, tuple(w.stride for w in self.windows),
-            tuple(w.dilation for w in self.windows), padding, self.group, self.slope), call.into)
+            tuple(w.dilation for w in self.windows), padding, self.group, self.slope, adds=adds), call.into)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
         name, box = names[0], boxes[0]
         assert box is not None
-        pairs = [
-            local_padding(w, h, o)
-            for w, h, o in zip(self.windows, box.intervals()[2:], outs[0].intervals()[2:], strict=True)
-        ]
+        pairs = self.local_pads(box, outs[0])
         pads = [lo for lo, _ in pairs] + [hi for _, hi in pairs]
         if name is None:  # every window lies wholly in the padding
             extents = [n + lo + hi for n, (lo, hi) in zip(box.shape[2:], pairs, strict=True)]
@@ -177,10 +187,15 @@ class Conv(Operator):
             pads = [0] * len(pads)
         return emitter.same([name, *names[1:]], 1, {"pads": pads}, drop=("auto_pad",))
 
-    def flops(self, out: float) -> float:
+    @property
+    def channels_read(self) -> int:
+        """Channels that go into one of the result."""
         weight = self.inputs[1]
         assert weight is not None
-        return 2.0 * out * math.prod(weight.shape[1:])
+        return weight.shape[1]
+
+    def flops(self, out: float) -> float:
+        return 2.0 * out * self.channels_read * math.prod(w.kernel for w in self.windows)
 
 
 @register
