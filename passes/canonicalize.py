@@ -20,6 +20,7 @@ import onnx_ir.passes.common as library
 
 from partitioner import dialect
 from partitioner.errors import ShapeError, refuse_all
+from partitioner.geometry import Interval, span
 from partitioner.ops.base import NothingLeft, Unsupported, WrongExtents
 from partitioner.ops.dtypes import disagreeing
 from partitioner.ops.nodes import forget, operator_of
@@ -307,10 +308,23 @@ def _spell_out(model: ir.Model) -> None:
         forget(node)
 
 
+def _changes_nothing(node: ir.Node) -> bool:
+    """Whether a pad or a crop, as exporters write them for any extents, has nothing to do at these."""
+    source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if node.op_type not in ("Pad", "Slice") or source is None or len(node.outputs) != 1:
+        return False
+    if source.shape != result.shape or source.dtype != result.dtype:
+        return False
+    needs = operator_of(node).needs(0)[0]
+    return needs is not None and all(
+        need.axis == axis and all(need.map.needed(Interval(i, i + 1)) == span(i, i + 1) for i in {0, n - 1} if n)
+        for axis, (need, n) in enumerate(zip(needs, dialect.shape_of(source), strict=True)))
+
+
 def _drop_copies(model: ir.Model, op_types: Sequence[str]) -> None:
-    """Identity, and Dropout at inference: readers read the original."""
+    """Identity, Dropout at inference, pads and crops by nothing: readers read the original."""
     for node in list(model.graph):
-        if node.domain != "" or node.op_type not in op_types:
+        if node.domain != "" or not (node.op_type in op_types or _changes_nothing(node)):
             continue
         source, result = node.inputs[0], node.outputs[0]
         if source is None or result.is_graph_output() or source.const_value is not None:

@@ -62,5 +62,6 @@ def _is_halo(node: ir.Node) -> bool:
 
 
 def _born(value: ir.Value, position: Mapping[ir.Node, int]) -> int:
+    """Where a value comes into being; inputs are read just before their first use."""
     maker = value.producer()
-    return -1 if maker is None else position[maker]
+    return min(position[use.node] for use in value.uses()) if maker is None else position[maker]

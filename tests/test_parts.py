@@ -169,6 +169,16 @@ def test_exchanges_are_moved_up_to_one_that_goes_the_same_way() -> None:
     assert plan_cost(plan).messages.ravel().tolist() == [1, 2, 1]
 
 
+def test_inputs_wait_until_they_are_read() -> None:
+    """The second input is read from its file after the first one's messages are gone."""
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"], pads=[1, 0, 1, 0]),
+             helper.make_node("Conv", ["z", "w"], ["b"], pads=[1, 0, 1, 0]), helper.make_node("Add", ["a", "b"], ["y"])]
+    x = {name: random(1, 2, 9, 5) for name in "xz"}
+    model = one_graph(nodes, x, {"w": random(3, 2, 3, 1)}, {"y": (TensorProto.FLOAT, None)}, 18)
+    found = run_lockstep(compile_plan(model, "height=2"), x).outputs["y"]
+    assert close(found, reference64(model, {k: v.astype(np.float64) for k, v in x.items()})["y"], 1e-6)
+
+
 def test_ranks_over_gloo(tmp_path: Path) -> None:
     """What a process sends is what the plan foretells, and the bits are those of one process."""
     model = with_skip()

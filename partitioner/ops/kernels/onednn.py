@@ -104,8 +104,8 @@ def is_installed() -> bool:
 
 def suits(data: torch.Tensor) -> bool:
     """Whether data is what the kernels take: images or volumes in float32, on the CPU, without gradients."""
-    return (data.device.type == "cpu" and data.dtype == torch.float32 and data.dim() in (4, 5)
-            and not torch.is_grad_enabled() and data.numel() > 0 and is_available())
+    return (data.device.type == "cpu" and data.dtype == torch.float32 and data.dim() in (4, 5) and data.numel() > 0
+            and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and is_available())
 
 
 def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, task: Task,
