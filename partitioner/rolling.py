@@ -228,7 +228,16 @@ class Chain:
                 if link.target is not None and upto[link.target]:
                     needed = hull(link.map.needed(Interval(0, upto[link.target])))
                     upto[link.source] = max(upto[link.source], needed.stop)
+            self._use_up(node, upto)
         return upto
+
+    def _use_up(self, node: ir.Node, upto: Ends) -> None:
+        """Let what becomes longer come as far as the cells that it reads allow: several cells are made of one."""
+        for target in (v for v in node.outputs if v in self.extent and upto[v]):
+            links = [link for link in self.links[node] if link.target is target]
+            if links and all(self.extent[link.source] < self.extent[target] for link in links):
+                ends = {link.source: hull(link.map.needed(Interval(0, upto[target]))).stop for link in links}
+                upto[target] = _furthest(links, ends, upto[target], self.extent[target])
 
     def _keep_step(self, node: ir.Node, upto: Ends) -> None:
         """Let outputs of the same extent come as far as the furthest of them: kernels make them at once."""

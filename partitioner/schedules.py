@@ -34,7 +34,7 @@ MOST_STRIPS = 64
 THINNEST_STRIP = 8
 """Cells of a strip, at least."""
 
-THINNEST_SLAB = 8
+THINNEST_SLAB = 4
 """Cells of a slab, at least, where memory asks for no thinner ones: kernels of few cells reach less than forecast."""
 
 AS_FAST = 1.05

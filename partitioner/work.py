@@ -28,11 +28,8 @@ from partitioner.profile import Kernels
 from partitioner.rolling import Turns, count_turns
 from partitioner.slabs import Rest, find_rests
 
-SLAB_CALLS = 5
+SLAB_CALLS = 3
 """Small kernels that a slab's step takes as long as beside its own: windows are found, results put in their place."""
-
-THIN = 0.2
-"""By how much a convolution of one plane is slower than one of many, per plane; of n planes an n-th of it."""
 
 MERGE_CALLS = 8
 """Small kernels that merge one peer's partial result, or one slab's."""
@@ -143,7 +140,7 @@ class Work:
         if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
             once = once + self._one("pointwise", 2.0 * ins[0] * _dtype(node.outputs[0]).itemsize)
         if turns.count > 1:
-            once = once * (1.0 + self._thinness(node, turns)) + SLAB_CALLS * self.kernels.launch
+            once = once + SLAB_CALLS * self.kernels.launch
         if turns.count > 1 and self._slides(node.outputs[0]):  # the first slab takes the pages, others find them there
             again = once
             if operator.writes_into and maker is None:
@@ -151,10 +148,6 @@ class Work:
                 again = once - fresh + used
             return once + (count - 1) * again + count * self.kernels.step
         return count * (once + self.kernels.step)
-
-    def _thinness(self, node: ir.Node, turns: Turns) -> float:
-        """By how much a convolution is slower for having few planes."""
-        return THIN * turns.count / max(1, turns.cells) if isinstance(operator_of(node), Conv | ConvTranspose) else 0.0
 
     def _is_sparse(self, node: ir.Node) -> bool:
         """Whether a convolution reads cells that do not lie side by side in their buffer: it copies them first."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from partitioner.garbage import kept_for_later
 from partitioner.ops.fused import Fused
+from runtime.arena import LARGE
+from runtime.places import Life, extent_of
 from runtime.program import (
     Action,
     Compute,
@@ -25,6 +27,9 @@ from runtime.program import (
     windows_written,
 )
 
+IDLE = 0.125
+"""By which part of the peak a region may raise what is held; else tensors take memory one by one."""
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -39,7 +44,8 @@ class Memory:
     """The memory of a program, or of those of all strips of one process.
 
     Args:
-        peak: most bytes of activations alive at once, what kernels take beside them included.
+        peak: most bytes of activations held at once, what kernels take beside them included: those that are alive,
+            and what lies idle in the region of the large ones (`runtime.places`).
         step: the name of the step in which that is.
         resting: most bytes of buffers that rest from chain to chain, at once; part of the peak unless in files.
         filed: bytes in mapped files.
@@ -74,8 +80,9 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
         programs: of one rank, or of several in the order in which a process takes them.
         files: resting buffers that would lie in files, beside those that do.
     """
-    books = [_Books(program, files) for program in programs]
-    highest = _Highest()
+    region = _Region()
+    books = [_Books(program, files, region) for program in programs]
+    highest = _Highest(region)
     for number, places in in_turns(programs):
         for place in places:
             action = programs[place].steps[number].action
@@ -94,7 +101,7 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
     rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (highest.at_peak, highest.at_most))
     filed = sum(sum(found.filed.values()) for found in books)
     copies = _sums([found.copies for found in books])
-    return Memory(highest.peak, highest.where, highest.most, filed, weights, rests, crowd,
+    return Memory(highest.held, highest.where, highest.most, filed, weights, rests, crowd,
                   tuple(Copy(name, nbytes) for name, nbytes in copies.items()), tuple(highest.turns))
 
 
@@ -117,8 +124,9 @@ def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
 class _Highest:
     """The most that is alive at once, over all ranks."""
 
-    def __init__(self) -> None:
-        self.total = self.rests = self.peak = self.most = 0
+    def __init__(self, region: _Region) -> None:
+        self.region = region
+        self.total = self.rests = self.peak = self.most = self.small = 0
         self.within = 0
         self.turns: list[int] = []
         self.where = ""
@@ -135,6 +143,13 @@ class _Highest:
         self.total += books.lives + books.rests + books.beside
         self.rests += books.rests
 
+    @property
+    def held(self) -> int:
+        """The peak, with the region whole if that takes little more."""
+        extent = self.region.extent
+        held = self.peak if extent is None else extent + self.small
+        return held if self.peak < held <= (1.0 + IDLE) * self.peak else self.peak
+
     def turn(self) -> None:
         """The end of a turn."""
         self.turns.append(self.within)
@@ -143,6 +158,7 @@ class _Highest:
     def note(self, books: Sequence[_Books], name: str) -> None:
         """Note the peak, if it is here."""
         self.within = max(self.within, self.total)
+        self.small = max(self.small, self.total - self.region.alive)
         if self.rests > self.most:
             self.most, self.at_most = self.rests, _sums([found.resting for found in books])
         if self.total > self.peak:
@@ -150,11 +166,47 @@ class _Highest:
             self.at_peak = _sums([found.resting for found in books])
 
 
+class _Region:
+    """The large tensors, as they come and go."""
+
+    def __init__(self) -> None:
+        self.alive = 0
+        self._clock = 0
+        self._lives: list[Life] = []
+        self._here: dict[tuple[int, str], Life] = {}
+
+    def take(self, rank: int, name: str, nbytes: int) -> None:
+        """A tensor comes into being, in the place of one that has its name."""
+        self.leave(rank, name)
+        if nbytes <= LARGE:
+            return
+        self._clock += 1
+        self._here[rank, name] = life = Life(nbytes, self._clock)
+        self._lives.append(life)
+        self.alive += nbytes
+
+    def leave(self, rank: int, name: str) -> None:
+        """A tensor goes."""
+        life = self._here.pop((rank, name), None)
+        if life is not None:
+            self._clock += 1
+            life.died = self._clock
+            self.alive -= life.nbytes
+
+    @property
+    def extent(self) -> int | None:
+        """Bytes of the region, after all have gone; None if there is none."""
+        for rank, name in list(self._here):
+            self.leave(rank, name)
+        return extent_of(self._lives)
+
+
 class _Books:
     """What one rank has alive at the moment, by buffer: in memory, resting there, and resting in files."""
 
-    def __init__(self, program: Program, files: frozenset[str]) -> None:
+    def __init__(self, program: Program, files: frozenset[str], region: _Region) -> None:
         self.program = program
+        self.region = region
         self.files = files
         self.alive: dict[str, int] = {}
         self.resting: dict[str, int] = {}
@@ -199,6 +251,7 @@ class _Books:
 
     def release(self, name: str) -> None:
         """A buffer that nobody reads any more."""
+        self.region.leave(self.program.rank, name)
         self.lives -= self.alive.pop(name, 0)
         self.rests -= self.resting.pop(name, 0)
 
@@ -219,9 +272,13 @@ class _Books:
             there = self.resting.get(name, 0) + self._bytes(window) if grows else spec.nbytes
             self._rest(name, min(spec.nbytes, there))
         elif window.fills:
-            self._live(name, 0 if isinstance(action, Compute) and action.operator.is_view else self._bytes(window))
+            nbytes = 0 if isinstance(action, Compute) and action.operator.is_view else self._bytes(window)
+            self._live(name, nbytes)
+            is_given = not isinstance(action, Compute) or (action.operator.writes_into and window is action.writes[0])
+            self.region.take(self.program.rank, name, nbytes if is_given else 0)
         elif name not in self.alive:
             self._live(name, spec.nbytes)
+            self.region.take(self.program.rank, name, spec.nbytes)
         if isinstance(action, Compute) and not window.fills:
             self._copy(action, window)
 

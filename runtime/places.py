@@ -25,6 +25,12 @@ class Life:
     offset: int = 0
 
 
+def extent_of(lives: Sequence[Life]) -> int | None:
+    """Bytes of a region for tensors that have all gone; None where they get none."""
+    found = _lay_out(lives) if 0 < len(lives) <= MOST else []
+    return max(life.offset + life.nbytes for life in found) if found else None
+
+
 def find_places(lives: Sequence[Life], rooms: Sequence[tuple[int, int]]) -> list[Life] | None:
     """The tensors with their places; None where a region would hold much more than tensors one by one.
 
@@ -34,6 +40,15 @@ def find_places(lives: Sequence[Life], rooms: Sequence[tuple[int, int]]) -> list
     """
     if not lives or len(lives) > MOST:
         return None
+    found = _lay_out(lives)
+    extent = max(life.offset + life.nbytes for life in found)
+    peaks = _peaks(lives, [start for start, _ in rooms])
+    if any(extent - peak > room + SLACK * extent for peak, (_, room) in zip(peaks, rooms, strict=True)):
+        return None
+    return found
+
+
+def _lay_out(lives: Sequence[Life]) -> list[Life]:
     placed: list[Life] = []
     found: dict[int, Life] = {}
     for index in sorted(range(len(lives)), key=lambda i: -lives[i].nbytes):
@@ -45,10 +60,6 @@ def find_places(lives: Sequence[Life], rooms: Sequence[tuple[int, int]]) -> list
             offset = max(offset, other.offset + other.nbytes)
         found[index] = replace(life, offset=offset)
         placed.append(found[index])
-    extent = max(life.offset + life.nbytes for life in placed)
-    peaks = _peaks(lives, [start for start, _ in rooms])
-    if any(extent - peak > room + SLACK * extent for peak, (_, room) in zip(peaks, rooms, strict=True)):
-        return None
     return [found[index] for index in range(len(lives))]
 
 

@@ -11,8 +11,8 @@ from the operators' maps, so that blocks are what slabs are: exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -86,10 +86,14 @@ class Fused(Operator):
 
     Args:
         in_blocks: whether the result is so large that it is computed block by block.
+        known: what has been found out about calls, by the boxes that they had: a program makes the same ones in every
+            run.
     """
 
     parts: tuple[Part, ...] = ()
     in_blocks: bool = False
+    known: dict[tuple[int, ...], Any] = field(init=False, repr=False, compare=False,
+                                              default_factory=dict[tuple[int, ...], Any])
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -149,7 +153,7 @@ class Fused(Operator):
         into = call.into
         if into is None or not self.in_blocks or self._is_one_call(call):
             return (self._compute(call, into),)
-        for out in self._blocks(call.outs[0], into.element_size()):
+        for out in self._known((id(call.outs[0]),), call, lambda: list(self._blocks(call.outs[0], into.element_size()))):
             self._compute(replace(call, outs=(out,)), _cells(into, call.outs[0], out))
         return (into,)
 
@@ -163,13 +167,21 @@ class Fused(Operator):
     def _compute(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
         """All parts for one block, or the whole; the last one writes into memory that is given."""
         result: torch.Tensor | None = None
-        for part in self.parts:
+        boxes = tuple(map(id, (call.outs[0], *call.boxes)))
+        for index, part in enumerate(self.parts):
             room = into if into is not None and (self.is_direct or part is self.parts[-1]) else result
-            result = _run(part, call, result, room if part.operator.writes_into else None)
+            inputs = self._known((index, *boxes), call, lambda part=part: list(_inputs(part, call)))
+            result = _run(part, inputs, call, result, room if part.operator.writes_into else None)
         assert result is not None
         if into is not None and not self.parts[-1].operator.writes_into:
             return into.copy_(result)
         return result
+
+    def _known(self, key: tuple[int, ...], call: Call, find: Callable[[], list[Any]]) -> list[Any]:
+        """What is found out once; the boxes of the key live as long as it does."""
+        if key not in self.known:
+            self.known[key] = find(), call.outs, call.boxes
+        return self.known[key][0]
 
     def _blocks(self, out: Box, itemsize: int) -> Iterator[Box]:
         """Planes along the first spatial axis, one case after the other: they are dense in memory."""
@@ -199,18 +211,37 @@ class Fused(Operator):
         return window.stride, (start + window.lo) % window.stride
 
 
-def _run(part: Part, call: Call, before: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor:
-    tensors: list[torch.Tensor | None] = []
-    boxes: list[Box | None] = []
+@dataclass(frozen=True)
+class _Input:
+    """An input of a part: its number in the whole, or `PREVIOUS`, the cells, and where it must be cut to have them."""
+
+    source: int
+    box: Box | None
+    is_cut: bool = False
+
+
+def _inputs(part: Part, call: Call) -> Iterator[_Input]:
     (out,) = call.outs
     for source, needs in zip(part.sources, part.needs, strict=False):
-        tensor, box = (before, out) if source == PREVIOUS else (call.tensors[source], call.boxes[source])
-        if source != PREVIOUS and tensor is not None and box is not None and needs is not None:
-            wanted = Box(tuple(need_pieces(need, out) for need in needs))
-            tensor, box = _cells(tensor, box, wanted), wanted
+        box = out if source == PREVIOUS else call.boxes[source]
+        if source == PREVIOUS or box is None or needs is None:
+            yield _Input(source, box)
+            continue
+        wanted = Box(tuple(need_pieces(need, out) for need in needs))
+        yield _Input(source, wanted, wanted != box)
+
+
+def _run(part: Part, inputs: Sequence[_Input], call: Call, before: torch.Tensor | None,
+         into: torch.Tensor | None) -> torch.Tensor:
+    tensors: list[torch.Tensor | None] = []
+    for given in inputs:
+        tensor = before if given.source == PREVIOUS else call.tensors[given.source]
+        if given.is_cut and tensor is not None and given.box is not None:
+            held = call.boxes[given.source]
+            assert held is not None
+            tensor = _cells(tensor, held, given.box)
         tensors.append(tensor)
-        boxes.append(box)
-    (result,) = part.operator.run(Call(tuple(tensors), tuple(boxes), call.outs, into))
+    (result,) = part.operator.run(Call(tuple(tensors), tuple(given.box for given in inputs), call.outs, into))
     return result
 
 

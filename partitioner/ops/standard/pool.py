@@ -84,6 +84,10 @@ def _read_pool(view: NodeView) -> tuple[tuple[TensorType], tuple[Window, ...], t
     return (TensorType(shape, data.dtype),), windows, ends
 
 
+FEW_TAPS = 8
+"""Cells of a window up to which they are compared all at once, in the memory of the result."""
+
+
 def lowest(dtype: torch.dtype) -> float:
     """The value that never wins a maximum."""
     return float("-inf") if dtype.is_floating_point else float(torch.iinfo(dtype).min)
@@ -137,22 +141,45 @@ class MaxPool(Pool):
         padded = math.prod((w.n_in + w.lo + needed_end(w)) / w.n_in for w in self.windows)
         return Backward(beside=8 * outs[0] + self.outputs[0].itemsize * padded * ins[0])
 
+    @property
+    def writes_into(self) -> bool:
+        """Of few cells without padding, cell by cell."""
+        padded = any(w.lo > 0 or needed_end(w) > 0 for w in self.windows)
+        return (len(self.outputs) == 1 and self.outputs[0].dtype.is_floating_point() and not padded
+                and 1 < math.prod(w.kernel for w in self.windows) <= FEW_TAPS)
+
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        data = call.tensor(0)
         if len(self.outputs) > 1:
             return self._with_indices(call)
+        if self.writes_into and call.tensor(0).device.type == "cpu" and not torch.is_grad_enabled():
+            return (self._maximum_of_taps(call),)
+        result = self._whole_windows(call)
+        return (result if call.into is None else call.into.copy_(result),)
+
+    def _maximum_of_taps(self, call: Call) -> torch.Tensor:
+        """Maxima of all cells of a window at once."""
+        taps = [call.tensor(0)]
+        for axis, (window, out) in enumerate(zip(self.windows, call.outs[0].intervals()[2:], strict=True)):
+            taps = [tap for data in taps for tap in strided_taps(data, axis + 2, window, len(out))]
+        result = torch.maximum(taps[0], taps[1], out=call.into)
+        for tap in taps[2:]:
+            torch.maximum(result, tap, out=result)
+        return result
+
+    def _whole_windows(self, call: Call) -> torch.Tensor:
+        data = call.tensor(0)
         if not data.is_floating_point():  # torch's own counts cells in the element type itself
-            return (self._integer_maximum(call),)
+            return self._integer_maximum(call)
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o, limit=w.kernel // 2)
                    for w, h, o in zip(self.windows, held, outs, strict=True)]
         if not torch.is_grad_enabled() and data.device.type == "cpu" and not any(b.lo or b.hi for b in borders):
-            return (self._separate_maximum(data, outs),)
+            return self._separate_maximum(data, outs)
         data = pad_explicitly(data, borders, lowest(data.dtype))
         kernel, stride = [w.kernel for w in self.windows], [w.stride for w in self.windows]
         padding, dilation = [b.kernel_pad for b in borders], [w.dilation for w in self.windows]
         pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(outs) - 1]
-        return (crop_outputs(pool(data, kernel, stride, padding, dilation), borders, outs),)
+        return crop_outputs(pool(data, kernel, stride, padding, dilation), borders, outs)
 
     def _separate_maximum(self, data: torch.Tensor, outs: Sequence[Interval]) -> torch.Tensor:
         """Maxima axis by axis of what needs no padding: torch's own pools compute int64 indices, asked or not."""
