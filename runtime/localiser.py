@@ -73,13 +73,25 @@ class Localiser:
                 if value in outputs:
                     yield self._store(value)
             leaving = [value for value in node.outputs if value in outputs]
-            over = tuple(dies.get(index, ()))
+            stored = self._stored(leaving)
+            over = tuple(name for name in dies.get(index, ()) if name not in stored)
             first, *others = self._acts(node)
-            yield Step(first, tuple(n for n in fresh if n not in inputs), () if leaving or others else over)
+            yield Step(first, tuple(n for n in fresh if n not in inputs), () if others else over)
             for action in others:
-                yield Step(action, (), () if leaving or action is not others[-1] else over)
+                yield Step(action, (), over if action is others[-1] else ())
             for value in leaving:
-                yield self._store(value, over if value is leaving[-1] else ())
+                yield self._store(value, tuple(n for n in dies.get(index, ()) if n in stored)
+                                  if value is leaving[-1] else ())
+
+    def _stored(self, values: Sequence[ir.Value]) -> set[str]:
+        """The buffers in which values lie that are stored after their node, those of which these are views too."""
+        found: set[str] = set()
+        for value in values:
+            name: str | None = self.lifetimes.buffer_of[str(value.name)]
+            while name is not None:
+                found.add(name)
+                name = self.lifetimes.buffers[name].base
+        return found
 
     def _store(self, value: ir.Value, releases: tuple[str, ...] = ()) -> Step:
         return Step(Store(str(value.name), self._window(value), self._hands_out(value)), (), releases)

@@ -80,7 +80,7 @@ def test_any_budget_gives_the_same_result(network: Path, volume: np.ndarray) -> 
     scale = np.abs(expected).max()
     least = smallest(network)
     seen = set()
-    for extra in (1, 4, 9):
+    for extra in (1, 2, 4):
         plan = pt.partition(network, shapes={"volume": SHAPE}, memory=least + extra * MIB)
         schedule = dialect.get_schedule(plan.model)
         assert schedule is not None

@@ -153,8 +153,9 @@ class Fused(Operator):
         into = call.into
         if into is None or not self.in_blocks or self._is_one_call(call):
             return (self._compute(call, into),)
-        for out in self._known((id(call.outs[0]),), call, lambda: list(self._blocks(call.outs[0], into.element_size()))):
-            self._compute(replace(call, outs=(out,)), _cells(into, call.outs[0], out))
+        out = call.outs[0]
+        for block in self._known((id(out),), call, lambda: list(self._blocks(out, into.element_size()))):
+            self._compute(replace(call, outs=(block,)), _cells(into, out, block))
         return (into,)
 
     def _is_one_call(self, call: Call) -> bool:
