@@ -209,6 +209,25 @@ def test_slabs_in_blocks(thickness: int, small_blocks: None) -> None:
         _holds(_blocks(reads_parts), plan)
 
 
+def test_what_is_too_large_for_one_call_is_computed_in_blocks(small_blocks: None,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that write where they are told too."""
+    asked: list[tuple[int, ...]] = []
+    convolve = fused.onednn.convolve
+
+    def noted(data: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        asked.append(tuple(data.shape))
+        return convolve(data, *rest)
+
+    monkeypatch.setattr(fused.onednn, "convolve", noted)
+    plan = _plan(_blocks(), "depth=1")
+    _holds(_blocks(), plan)
+    at_once = len(asked)
+    monkeypatch.setattr(fused, "MOST_AT_ONCE", 1 << 12)
+    _holds(_blocks(), plan)
+    assert len(asked) - at_once > at_once or not fused.onednn.is_available()
+
+
 def test_a_part_of_a_concatenation_is_computed_where_it_will_lie() -> None:
     """t4 is put into k5; r2 is there long before."""
     lifetimes = find_lifetimes(_plan(_blocks(reads_parts=False), "depth=1"))

@@ -33,6 +33,9 @@ else:
 BLOCK = 4 << 20
 """Bytes of a block's result: fewer make the calls dear, more do not stay in cache (measured from 1 to 16 MiB)."""
 
+MOST_AT_ONCE = 1 << 30
+"""Bytes of a tensor up to which a kernel that writes where it is told takes it at once: oneDNN is slow beyond 2^31."""
+
 TAKEN = ("LeakyRelu",)
 """What a convolution's kernel does in passing; not Relu: oneDNN's makes zeros of NaN."""
 
@@ -159,11 +162,13 @@ class Fused(Operator):
         return (into,)
 
     def _is_one_call(self, call: Call) -> bool:
-        """Whether the one kernel reads its input and writes its result as they lie; it would copy others whole."""
+        """Whether the one kernel reads its inputs and writes its result as they lie; it would copy others whole."""
         data, into = call.tensor(0), call.into
+        if into is None or len(self.parts) > 1 or not self.is_direct or not onednn.suits(data):
+            return False
         last = torch.channels_last if data.dim() == 4 else torch.channels_last_3d
-        return (len(self.parts) == 1 and self.is_direct and onednn.suits(data) and into is not None
-                and data.is_contiguous(memory_format=last) and into.is_contiguous(memory_format=last))
+        large = [t for t in (into, *call.tensors) if t is not None and t.dim() == data.dim()]
+        return all(t.is_contiguous(memory_format=last) and t.nbytes <= MOST_AT_ONCE for t in large)
 
     def _compute(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
         """All parts for one block, or the whole; the last one writes into memory that is given."""
