@@ -1,4 +1,4 @@
-"""read-parts and join-exchanges: nothing is concatenated for a convolution, and both parts travel in one message."""
+"""Nothing moves that need not: no concatenation before a convolution, its parts in one message, no pad by nothing."""
 
 from __future__ import annotations
 
@@ -205,3 +205,20 @@ def test_the_pass_alone_changes_no_schedule() -> None:
     before = [n.name for n in plan.graph]
     JoinExchanges().apply(plan)
     assert [n.name for n in plan.graph] == before
+
+
+def test_pads_and_crops_by_nothing_are_dropped() -> None:
+    """What they do at other extents, and what moves or turns cells, stays."""
+    nodes = [helper.make_node("Pad", ["x", "none"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
+             helper.make_node("Slice", ["b", "zero", "most", "axes"], ["c"]),
+             helper.make_node("Pad", ["c", "moved"], ["d"]),
+             helper.make_node("Slice", ["d", "last", "least", "axes", "back"], ["e"]),
+             helper.make_node("Pad", ["e", "none"], ["y"])]
+    numbers = {"none": [0] * 8, "moved": [0, 0, 1, 0, 0, 0, -1, 0], "zero": [0], "most": [1 << 40], "axes": [2],
+               "last": [-1], "least": [-(1 << 40)], "back": [-1]}
+    data = {"x": np.random.default_rng(0).standard_normal((1, 2, 6, 5)).astype(np.float32)}
+    model = one_graph(nodes, data, {name: np.asarray(v, np.int64) for name, v in numbers.items()},
+                      {"y": (TensorProto.FLOAT, None)}, 18)
+    plan = compile_plan(model, "width=2")
+    assert [n.op_type for n in plan.graph if not dialect.is_communication(n)] == ["Relu", "Pad", "Slice", "Pad"]
+    assert np.array_equal(run_lockstep(plan, data).outputs["y"], run_ort(model, data)["y"])

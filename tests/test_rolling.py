@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from partitioner.loader import load_model
+from partitioner.rolling import Chain
 from runtime.executor import Executor, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed
 from runtime.forecast import forecast
@@ -25,7 +26,7 @@ from tests.architectures import ARCHITECTURES, AXES, INPUT_NAME, export
 from tests.builder import Style, wide
 from tests.drawn import DRAWN, IN_FLOAT32
 from tests.examples import one_graph
-from tests.oracle import as_double, close, compile_plan, error, run_lockstep
+from tests.oracle import as_double, close, compile_plan, error, reference64, run_lockstep
 from tests.strategies import Network, extents_of, networks
 from tests.test_graphs import quick, thorough
 
@@ -129,3 +130,20 @@ def resident(tensor: torch.Tensor) -> int:
     start = ctypes.c_void_p(tensor.untyped_storage().data_ptr())
     assert ctypes.CDLL(None, use_errno=True).mincore(start, ctypes.c_size_t(count * mmap.PAGESIZE), found) == 0
     return sum(page & 1 for page in found) * mmap.PAGESIZE
+
+
+def test_a_transposed_convolution_makes_whole_groups_of_cells() -> None:
+    """Its reader needs a cell beyond each slab; it makes the whole group of three that comes from one cell."""
+    nodes = [helper.make_node("ConvTranspose", ["x", "w"], ["u"], strides=[3, 1, 1]),
+             helper.make_node("Conv", ["u", "v"], ["y"], pads=[1] * 6)]
+    weights = {"w": np.ones((2, 2, 3, 1, 1), np.float32), "v": np.ones((2, 2, 3, 3, 3), np.float32)}
+    volume = np.zeros((1, 2, 8, 4, 4), np.float32)
+    model = one_graph(nodes, {"x": volume}, weights, {"y": (TensorProto.FLOAT, None)}, 18)
+    plan = compile_plan(model, None, rolled="depth", thickness=4)
+    chain = Chain(list(plan.graph), "depth")
+    made = next(v for v in chain.extent if v.name == "u")
+    ends = [slab.upto[made] for slab in chain.slabs(4)]
+    assert ends[-1] == 24 and len(ends) > 3 and all(end % 3 == 0 for end in ends)
+    x = {"x": np.random.default_rng(0).standard_normal((1, 2, 8, 4, 4))}
+    double = compile_plan(as_double(model), None, rolled="depth", thickness=4)
+    assert close(run_lockstep(double, x).outputs["y"], reference64(model, x)["y"], 1e-12)
