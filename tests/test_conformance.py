@@ -26,8 +26,8 @@ from tests.oracle import Cuts, as_double, close, compile_plan, error, ort_bits, 
 
 CASES = [case for case in examples() if case.domain != dialect.DOMAIN]
 WEIGHTED_CASES = [case for case in CASES if case.example.op_type in WEIGHTED]
-ELSEWHERE = {"GroupNormalization", "TrainingBatchNormalization", "TrainingDropout"}
-"""Operators of our own that spellings and training bring in; test_spellings.py and test_training.py see to them."""
+ELSEWHERE = {"ConcatConv", "GroupNormalization", "TrainingBatchNormalization", "TrainingDropout"}
+"""Operators of our own that other files see to: test_parts.py, test_spellings.py and test_training.py."""
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 some_or_all = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
