@@ -15,8 +15,8 @@ from tests.oracle import compile_plan
 
 GOLDEN = """\
 plan 1, opset 18, mesh depth=2,width=2 (4 ranks), channels_last
-passes: canonicalize keep-apart assign-shards insert-reshards split-reductions insert-halo-exchanges \
-merge-exchanges schedule
+passes: canonicalize keep-apart read-parts assign-shards insert-reshards split-reductions insert-halo-exchanges \
+merge-exchanges schedule join-exchanges
 weights: 6 tensors, 1844 bytes
 input %volume : float32 [1, 2, depth(0|5|9), 6, width(0|4|7)]
 %volume/halo_1 = HaloExchange(%volume) : float32 [1, 2, depth(0|5|9), 6, width(0|4|7)] -> \
