@@ -24,7 +24,7 @@ from runtime.program import Program, localise
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
-RESERVE = 24 * 2**20
+RESERVE = 36 * 2**20
 """Bytes that libraries take while they work: packed weights, the allocator's own."""
 
 PER_THREAD = 4 * 2**20

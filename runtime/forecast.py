@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from partitioner.garbage import kept_for_later
-from partitioner.ops.fused import Fused
+from partitioner.ops.fused import BLOCK, Fused
 from runtime.arena import LARGE
 from runtime.places import Life, extent_of
 from runtime.program import (
@@ -23,9 +24,13 @@ from runtime.program import (
     Store,
     Window,
     in_turns,
+    storage_order,
     windows_read,
     windows_written,
 )
+
+KERNEL = 112 << 10
+"""Bytes of a kernel that oneDNN makes for one weight and one geometry, about."""
 
 IDLE = 0.125
 """By which part of the peak a region may raise what is held; else tensors take memory one by one."""
@@ -49,7 +54,7 @@ class Memory:
         step: the name of the step in which that is.
         resting: most bytes of buffers that rest from chain to chain, at once; part of the peak unless in files.
         filed: bytes in mapped files.
-        weights: bytes of weights, and of what kernels keep of them in an order of their own.
+        weights: bytes of weights, of what kernels keep of them in an order of their own, and of these kernels.
         rests: the buffers that rest in memory where the peak is, the largest first.
         crowd: those that rest there when most does.
         copies: what is copied though a kernel that writes in place would not.
@@ -97,7 +102,7 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
             for name in programs[place].steps[number].releases:
                 books[place].release(name)
             highest.enter(books[place])
-    weights = sum(t.nbytes for t in programs[0].weights.values()) + _packed(programs[0])
+    weights = sum(t.nbytes for t in programs[0].weights.values()) + _packed(programs)
     rests, crowd = (tuple(sorted(found, key=lambda n: -found[n])) for found in (highest.at_peak, highest.at_most))
     filed = sum(sum(found.filed.values()) for found in books)
     copies = _sums([found.copies for found in books])
@@ -105,12 +110,25 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
                   tuple(Copy(name, nbytes) for name, nbytes in copies.items()), tuple(highest.turns))
 
 
-def _packed(program: Program) -> int:
-    """Bytes of the weights that kernels keep in an order of their own (`kernels.onednn`)."""
-    names = {window.buffer for step in program.steps if isinstance(step.action, Compute)
-             and isinstance(step.action.operator, Fused) and step.action.operator.is_direct
-             for window in step.action.reads[1:2] if window is not None}
-    return sum(program.weights[name].nbytes for name in names if name in program.weights)
+def _packed(programs: Sequence[Program]) -> int:
+    """Bytes of the weights that kernels keep in an order of their own, and of the kernels (`kernels.onednn`)."""
+    weights: dict[str, int] = {}
+    kernels: set[tuple[Any, ...]] = set()
+    for program in programs:
+        for action in (step.action for step in program.steps):
+            operator = action.operator if isinstance(action, Compute) else None
+            if not isinstance(action, Compute) or not isinstance(operator, Fused) or not operator.is_direct:
+                continue
+            for window in action.reads:
+                tensor = None if window is None else program.weights.get(window.buffer)
+                if window is not None and tensor is not None and len(tensor.shape) > 3:
+                    weights[window.buffer] = tensor.nbytes
+                    kernels.add((window.buffer, _extents(action.reads[0]), _extents(action.writes[0])))
+    return sum(weights.values()) + KERNEL * len(kernels)
+
+
+def _extents(window: Window | None) -> tuple[int, ...]:
+    return () if window is None else window.box.shape
 
 
 def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
@@ -224,6 +242,7 @@ class _Books:
                 ins = [0.0 if w is None else float(w.box.size) for w in action.reads]
                 self.beside += math.ceil(action.operator.workspace(ins, [float(w.box.size) for w in action.writes]))
                 self.beside += sum(self._bytes(w) for w in windows_read(action) if not w.is_dense)
+                self.beside += self._blocks_copied(action)
             case Exchange():
                 self.beside += self._messages(action)
             case Post():
@@ -241,6 +260,28 @@ class _Books:
                 self._rest(action.buffer, max(0, self.resting[action.buffer] - len(action.cells) * plane))
             case _:
                 pass
+
+    def _blocks_copied(self, action: Compute) -> int:
+        """Blocks of what a kernel that writes where it is told does not take as it lies: an input, and the result."""
+        operator = action.operator
+        if not isinstance(operator, Fused) or not operator.is_direct or not action.writes[0].box:
+            return 0
+        out = self._bytes(action.writes[0])
+        share = min(1.0, max(BLOCK, out // action.writes[0].box.shape[2]) / out) if operator.in_blocks else 1.0
+        inputs = [self._bytes(w) for w in action.reads if w is not None and not self._lies_dense(w)]
+        return math.ceil(share * (max(inputs, default=0) + (0 if self._lies_dense(action.writes[0]) else out)))
+
+    def _lies_dense(self, window: Window) -> bool:
+        """Whether cells lie side by side in their buffer, in storage order."""
+        spec = self.program.buffers.get(window.buffer)
+        if spec is None or window.fills:
+            return True
+        outer, extents = 1, window.box.shape
+        for axis in storage_order(self.program.storage, len(extents)):
+            if extents[axis] != spec.box.shape[axis] and outer > 1:
+                return False
+            outer *= extents[axis]
+        return True
 
     def _messages(self, exchange: Exchange) -> int:
         """Bytes of what is sent and received; the targets are brought into being."""
