@@ -24,7 +24,7 @@ from runtime.forecast import forecast
 from runtime.monitor import anonymous_memory
 from runtime.program import Forget, Move, localise
 
-SHAPE = (1, 1, 57, 38, 45)
+SHAPE = (1, 1, 81, 54, 61)
 MIB = 2**20
 
 

@@ -17,6 +17,7 @@ import partitioner.cost
 import partitioner.ops.fused as fused
 import runtime.arena
 import runtime.executor
+import runtime.forecast
 import runtime.memory
 from partitioner import dialect
 from partitioner.compiler import DepthFirst, compile_plan
@@ -40,6 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small results are large ones: computed in blocks, in memory that is handed on."""
     monkeypatch.setattr(fused, "BLOCK", 1 << 10)
     monkeypatch.setattr(partitioner.cost, "BLOCK", 1 << 10)
+    monkeypatch.setattr(runtime.forecast, "BLOCK", 1 << 10)
     for module in (runtime.arena, runtime.executor, runtime.memory):
         monkeypatch.setattr(module, "LARGE", 1 << 10)
 
