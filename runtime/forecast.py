@@ -264,10 +264,10 @@ class _Books:
     def _blocks_copied(self, action: Compute) -> int:
         """Blocks of what a kernel that writes where it is told does not take as it lies: an input, and the result."""
         operator = action.operator
-        if not isinstance(operator, Fused) or not operator.is_direct or not action.writes[0].box:
+        if not isinstance(operator, Fused) or not (operator.in_blocks and operator.is_direct and action.writes[0].box):
             return 0
         out = self._bytes(action.writes[0])
-        share = min(1.0, max(BLOCK, out // action.writes[0].box.shape[2]) / out) if operator.in_blocks else 1.0
+        share = min(1.0, max(BLOCK, out // action.writes[0].box.shape[2]) / out)
         inputs = [self._bytes(w) for w in action.reads if w is not None and not self._lies_dense(w)]
         return math.ceil(share * (max(inputs, default=0) + (0 if self._lies_dense(action.writes[0]) else out)))
 

@@ -316,6 +316,7 @@ def test_what_the_user_decides_stays() -> None:
 
 def test_memory_leads_to_slabs_or_to_a_refusal_with_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("partitioner.planning.held_on", lambda profile: 0)
+    monkeypatch.setattr("runtime.forecast.KERNEL", 0)  # larger than all activations here
     proto = chain((1, 2, 64, 12, 12), 3)
     asked = {"devices": 2, "profile": CPU, "backend": "gloo"}
     plenty = chosen(pt.partition(proto, **asked))
