@@ -80,7 +80,7 @@ def test_any_budget_gives_the_same_result(network: Path, volume: np.ndarray) -> 
     scale = np.abs(expected).max()
     least = smallest(network)
     seen = set()
-    for extra in (1, 2, 4):
+    for extra in (1, 2, 4, 9):
         plan = pt.partition(network, shapes={"volume": SHAPE}, memory=least + extra * MIB)
         schedule = dialect.get_schedule(plan.model)
         assert schedule is not None
@@ -90,6 +90,7 @@ def test_any_budget_gives_the_same_result(network: Path, volume: np.ndarray) -> 
         assert int(plan.cost.peak.max()) < int(whole.cost.peak.max())
         assert f"depth-first along {schedule.axis}" in plan.report()
         assert plan.to_dict()["schedule"]["axis"] == schedule.axis
+        assert schedule.axis == "depth" or extra == 1  # the least may need slabs that are not dense
     assert len(seen) > 1
 
 

@@ -51,7 +51,7 @@ def test_one_rank_only_computes(name: str, sources) -> None:
     assert all((s.compute >= 0).all() for s in found.steps)
     convolutions = sum(float(s.total.sum()) for s in found.steps
                        if s.node is not None and s.node.op_type in ("Conv", "ConcatConv"))
-    assert 0.3 < convolutions / found.seconds < 1
+    assert 0.4 < convolutions / found.seconds < 1
 
 
 def test_one_process_adds_ranks_up_and_several_take_the_slowest(sources) -> None:
@@ -149,6 +149,9 @@ def test_kinds_follow_operators(sources) -> None:
     assert kinds["Moments"] == ("moments",)
     assert kinds["LeakyRelu"] == ("pointwise",)
     assert kinds["Slice"] == ()
+    apart = compile_plan(sources["instance"], Mesh.parse("depth=2"), {"volume": (1, 1, 32, 32, 32)}, {},
+                         purpose="evaluation")
+    assert {kinds_of(operator_of(n)) for n in apart.graph if n.op_type == "Concat"} == {("copy",)}
     whole = compile_plan(sources["instance"], Mesh.parse("single"), {"volume": (1, 1, 32, 32, 32)}, {})
     node = next(n for n in whole.graph if n.op_type == "InstanceNormalization")
     assert kinds_of(operator_of(node)) == ("moments", "affine")

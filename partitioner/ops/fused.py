@@ -166,9 +166,8 @@ class Fused(Operator):
         data, into = call.tensor(0), call.into
         if into is None or len(self.parts) > 1 or not self.is_direct or not onednn.suits(data):
             return False
-        last = torch.channels_last if data.dim() == 4 else torch.channels_last_3d
         large = [t for t in (into, *call.tensors) if t is not None and t.dim() == data.dim()]
-        return all(t.is_contiguous(memory_format=last) and t.nbytes <= MOST_AT_ONCE for t in large)
+        return all(onednn.is_dense(t) and t.nbytes <= MOST_AT_ONCE for t in large)
 
     def _compute(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
         """All parts for one block, or the whole; the last one writes into memory that is given."""

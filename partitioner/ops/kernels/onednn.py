@@ -22,8 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 if TYPE_CHECKING:
     import torch
+
+    from partitioner.ops.base import TensorType
 else:
     from partitioner.lazy import torch
 
@@ -102,6 +106,20 @@ def is_installed() -> bool:
     return _path() is not None
 
 
+def makes(result: TensorType) -> bool:
+    """Whether kernels may write results of this type, in a plan for a machine like this one."""
+    return is_installed() and result.rank > 3 and result.dtype == ir.DataType.FLOAT
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether an image or a volume lies densely with channels last: then kernels take it as it is."""
+    return tensor.is_contiguous(memory_format=_last(tensor))
+
+
+def _last(tensor: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+
+
 def suits(data: torch.Tensor) -> bool:
     """Whether data is what the kernels take: images or volumes in float32, on the CPU, without gradients."""
     return (data.device.type == "cpu" and data.dtype == torch.float32 and data.dim() in (4, 5) and data.numel() > 0
@@ -121,13 +139,12 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     kernel = _kernel_of(weight, task)
     if kernel is None:
         return None
-    last = torch.channels_last if data.dim() == 4 else torch.channels_last_3d
     place = into
-    if place is None or not place.is_contiguous(memory_format=last):
+    if place is None or not is_dense(place):
         if task.adds:
             return None
-        place = torch.empty(task.result, dtype=data.dtype, memory_format=last)
-    kernel.run(data.contiguous(memory_format=last), bias, place)
+        place = torch.empty(task.result, dtype=data.dtype, memory_format=_last(data))
+    kernel.run(data.contiguous(memory_format=_last(data)), bias, place)
     if into is None or place is into:
         return place
     return into.copy_(place)

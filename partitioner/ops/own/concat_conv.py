@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from partitioner.dialect import CONCAT_CONV, DOMAIN
 from partitioner.geometry import Box
-from partitioner.ops.base import Backward, Call, Example, Needs, NodeView, Unsupported
+from partitioner.ops.base import Call, Example, Needs, NodeView, Unsupported
 from partitioner.ops.registry import register
 from partitioner.ops.standard.conv import Conv
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ConcatConv(Conv):
     """Conv(Concat(x, x2; channels), Concat(w, w2)) of inputs (x, w, bias, x2, w2): one convolution added to the other.
 
-    Nothing is concatenated.
+    Nothing is concatenated.  Plans for training keep the concatenation.
     Source: put in by read-parts.
     """
 
@@ -45,9 +45,6 @@ class ConcatConv(Conv):
     @property
     def channels_read(self) -> int:
         return sum(t.shape[1] for t in (self.inputs[1], self.inputs[4]) if t is not None)
-
-    def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
-        return replace(super().backward(ins, outs), inputs=(0, 1, 3, 4))
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         (result,) = self._part((0, 1, 2)).run(_only(call, (0, 1, 2), call.into))

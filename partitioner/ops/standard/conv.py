@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
-import onnx_ir as ir
 
 from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
@@ -129,7 +128,7 @@ class Conv(Operator):
 
     @property
     def writes_into(self) -> bool:
-        return onednn.is_installed() and self.outputs[0].rank > 3 and self.outputs[0].dtype == ir.DataType.FLOAT
+        return onednn.makes(self.outputs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         direct = self._run_onednn(call)
@@ -258,7 +257,7 @@ class ConvTranspose(Operator):
 
     @property
     def writes_into(self) -> bool:
-        return onednn.is_installed() and self.outputs[0].rank > 3 and self.outputs[0].dtype == ir.DataType.FLOAT
+        return onednn.makes(self.outputs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         direct = self._run_onednn(call)
