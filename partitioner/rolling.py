@@ -12,11 +12,15 @@ Within a chain nothing is computed twice.  Before a slab the interval maps say h
     upto(input) = end of   needed([0, upto(output)))          of all its readers
     keep(input) = start of needed([upto(output), extent))
 
+Small planes, as the deep levels of a network have, go several at a time (their grain): a turn has its price, and a
+pyramid of levels advances by whole cells of its coarsest one anyway.
+
 What a later stage reads rests: it is kept whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +33,9 @@ from partitioner.ops.nodes import needs_of, reduction_splits
 
 SMALL = 64 << 20
 """Bytes of activations below which nobody goes slab by slab who is not told to."""
+
+LONGEST_GRAIN = 16
+"""Cells of the longest axis that a slab thinner than that takes of small planes at once, at most."""
 
 Item = ir.Node | ir.Value
 """What takes a turn: a node, or an input of the model that is read."""
@@ -202,28 +209,56 @@ class Chain:
                     self.ends.add(value)
         self.made = {v for node in nodes for v in node.outputs if v in self.extent}
         self.longest = max(self.extent.values(), default=1)
+        self.needed = self._demand({v: self.extent[v] for v in self.ends}, dict.fromkeys(self.extent, 0), {})
 
     def slabs(self, thickness: int) -> Iterator[Slab]:
         """The slabs, of `thickness` cells of the longest axis each; shorter axes go along in proportion."""
         done = dict.fromkeys(self.extent, 0)
         taken = dict.fromkeys(self.ends, 0)
         kept = dict.fromkeys(self.extent, 0)
+        grains = self._grains(thickness)
         for position in range(thickness, self.longest + thickness, thickness):
             share = min(position, self.longest)
             goal = {v: self.extent[v] * share // self.longest for v in self.ends}
-            demand = self._demand(goal, done)
-            for upto, reached in self._portions(demand, goal, done, taken, thickness):
+            demand = self._demand(goal, done, grains)
+            for upto, reached in self._portions(demand, goal, done, taken, thickness, grains):
                 turns = tuple(self._turns(done, upto, taken, reached))
                 keeps = self._keeps(upto, reached)
                 yield Slab(turns, kept, upto, keeps)
                 done, taken, kept = upto, reached, keeps
 
-    def _demand(self, goal: Ends, done: Ends) -> Ends:
+    def _grains(self, thickness: int) -> Ends:
+        """Per value the cells that a turn computes at least, where slabs are thinner than a cell of the coarsest value.
+
+        They make up such a cell, unless that is more than half of the bytes that a slab has of the largest value.
+        What comes from a finer level goes as that does.
+        """
+        sizes: dict[int, float] = {}
+        for value in self.made:
+            assert value.dtype is not None
+            size, extent = math.prod(dialect.shape_of(value)) * value.dtype.itemsize, self.extent[value]
+            sizes[extent] = max(size, sizes.get(extent, 1.0))
+        period = min(LONGEST_GRAIN, self.longest // max(1, min(sizes, default=1)))
+        if period <= thickness:
+            return {}
+        largest, found = max(sizes.values(), default=1.0), dict[ir.Value, int]()
+        for node in self.nodes:
+            finest = max((self.extent[link.source] for link in self.links[node]), default=0)
+            for value in (v for v in node.outputs if v in self.extent):
+                size = sizes.get(max(finest, self.extent[value]), largest)
+                span = max(thickness, min(int(thickness * largest / (2 * size)), period))
+                found[value] = span * self.extent[value] // self.longest
+        return found
+
+    def _demand(self, goal: Ends, done: Ends, grains: Ends) -> Ends:
         upto = dict(done)
         for value, cells in goal.items():
             upto[value] = max(upto[value], cells)
         for node in reversed(self.nodes):
             self._keep_step(node, upto)
+            for value in node.outputs:
+                if value in grains and upto[value] > done[value]:
+                    upto[value] = max(upto[value], min(done[value] + grains[value], self.needed[value]))
             for link in self.links[node]:
                 if link.target is not None and upto[link.target]:
                     needed = hull(link.map.needed(Interval(0, upto[link.target])))
@@ -245,21 +280,25 @@ class Chain:
         for value in outputs:
             upto[value] = max(upto[v] for v in outputs if self.extent[v] == self.extent[value])
 
-    def _portions(self, demand: Ends, goal: Ends, done: Ends, taken: Ends,
-                  thickness: int) -> Iterator[tuple[Ends, Ends]]:
+    def _portions(self, demand: Ends, goal: Ends, done: Ends, taken: Ends, thickness: int,
+                  grains: Ends) -> Iterator[tuple[Ends, Ends]]:
         """What is demanded, in portions of about the thickness: the first outputs need many cells of the inputs.
 
-        What comes from outside advances evenly, everything else as far as its inputs allow.
+        What comes from outside advances evenly, everything else as far as its inputs allow, by whole grains.
         """
         sources = [v for v in self.extent if v not in self.made]
         most = max(((demand[v] - done[v]) * self.longest / max(1, self.extent[v]) for v in sources), default=0)
-        count = max(1, round(most / thickness))
-        for part in range(1, count):
-            upto = {v: done[v] + (demand[v] - done[v]) * part // count for v in sources}
+        count = most / thickness if grains else max(1, round(most / thickness))
+        before = done
+        for part in range(1, math.ceil(count)):
+            upto = {v: done[v] + int((demand[v] - done[v]) * part / count) for v in sources}
             for node in self.nodes:
                 for output in (v for v in node.outputs if v in self.extent):
                     links = [link for link in self.links[node] if link.target is output]
-                    upto[output] = _furthest(links, upto, done[output], demand[output])
+                    end = _furthest(links, upto, before[output], demand[output])
+                    waits = before[output] and end < min(before[output] + grains.get(output, 1), demand[output])
+                    upto[output] = before[output] if waits else end
+            before = upto
             yield upto, {v: max(taken[v], min(goal[v], upto[v])) for v in goal}
         yield demand, goal
 
