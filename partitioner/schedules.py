@@ -38,7 +38,8 @@ THINNEST_SLAB = 4
 """Cells of a slab, at least, where memory asks for no thinner ones: kernels of few cells reach less than forecast."""
 
 AS_FAST = 1.05
-"""Of schedules that take at most so many times the least time, the one that holds least is taken."""
+"""Of schedules that take at most so many times the least time, and no more than all at once, the one that holds least
+is taken."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def fastest(lay_out: LayOut, whole: ir.Model, axes: Sequence[str], budget: Budge
     slabs = [room.candidate(model, order, [localise(model, largest_rank(model))])
              for _ in _thinner(model, order.axis, THINNEST_SLAB)]
     timed = [(room.seconds(candidate), candidate) for candidate in (at_once, *slabs)]
-    limit = AS_FAST * min(seconds for seconds, _ in timed)
+    limit = min(AS_FAST * min(seconds for seconds, _ in timed), timed[0][0])
     return _chosen(min((c for seconds, c in timed if seconds <= limit), key=lambda c: c.needed))
 
 

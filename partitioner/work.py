@@ -28,7 +28,7 @@ from partitioner.profile import Kernels
 from partitioner.rolling import Turns, count_turns
 from partitioner.slabs import Rest, find_rests
 
-SLAB_CALLS = 3
+SLAB_CALLS = 6
 """Small kernels that a slab's step takes as long as beside its own: windows are found, results put in their place."""
 
 MERGE_CALLS = 8

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
-from partitioner.ops.base import Call
+from partitioner.ops.base import Call, Kernel
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.moments import merge_moments
 from runtime.arena import LARGE, Arena
@@ -41,6 +42,40 @@ Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, name of the step)."""
 
 
+class Buffers(dict[str, torch.Tensor]):
+    """Living buffers by name, and views of them, which slab after slab asks for again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._views: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+
+    def view(self, window: Window) -> torch.Tensor:
+        """The cells of a window: a view where every axis is one slice, else a copy."""
+        buffer = self[window.buffer]
+        if window.fills and buffer.shape == window.shape:
+            return buffer
+        if not window.is_dense:
+            return view(buffer, window)
+        known = self._views.setdefault(window.buffer, {})
+        found = known.get(window.place)
+        if found is None:
+            found = known[window.place] = view(buffer, window)
+        return found
+
+    def __setitem__(self, name: str, buffer: torch.Tensor) -> None:
+        self._views.pop(name, None)
+        super().__setitem__(name, buffer)
+
+    def release(self, name: str) -> None:
+        """Give up a buffer, if it is there."""
+        self._views.pop(name, None)
+        self.pop(name, None)
+
+    def clear(self) -> None:
+        self._views.clear()
+        super().clear()
+
+
 @dataclass
 class Shard:
     """One rank's state: its program, device, weights and the buffers that are alive."""
@@ -49,13 +84,21 @@ class Shard:
     device: torch.device
     weights: Mapping[str, torch.Tensor]
     poison: bool = False
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    buffers: Buffers = field(default_factory=Buffers)
     arena: Arena = field(default_factory=Arena)
+    kernels: dict[int, tuple[Compute, Kernel]] = field(default_factory=dict[int, tuple[Compute, Kernel]])
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight or a living buffer."""
         found = self.weights.get(name)
         return self.buffers[name] if found is None else found
+
+    def kernel(self, action: Compute, call: Call) -> Kernel:
+        """The kernel of an action, bound when it is called for the first time."""
+        known = self.kernels.get(id(action))
+        if known is None or known[0] is not action:
+            known = self.kernels[id(action)] = action, action.operator.bind(call)
+        return known[1]
 
     def allocate(self, name: str, spec: BufferSpec | None = None) -> torch.Tensor:
         """Bring a buffer into being, or a part of it for a while."""
@@ -65,9 +108,9 @@ class Shard:
 
     def target(self, action: Compute) -> torch.Tensor | None:
         """Memory for a kernel's result: where its input lies, room in a larger buffer, or a large new one; or none."""
-        first = action.writes[0]
-        if not action.operator.writes_into or not first.is_dense:
+        if not action.is_direct:
             return None
+        first = action.writes[0]
         spec = self.program.buffers[first.buffer]
         there = self.buffers.get(first.buffer)
         if first.fills and (there is None or there.shape != first.box.shape):
@@ -75,14 +118,17 @@ class Shard:
             if self.device.type != "cpu" or spec.place != "memory" or spec.nbytes <= LARGE:
                 return None
             self.allocate(first.buffer, spec)
-        return view(self.room(first), first)
+        return self.buffers.view(first) if first.buffer in self.buffers else view(self.room(first), first)
 
     def window(self, window: Window) -> torch.Tensor:
         """The cells of a window; none of a buffer that is not there yet."""
-        if not window.box and window.buffer not in self.buffers and window.buffer not in self.weights:
+        weight = self.weights.get(window.buffer)
+        if weight is not None:
+            return weight if window.fills else view(weight, window)
+        if not window.box and window.buffer not in self.buffers:
             dtype = torch_dtype(self.program.buffers[window.buffer].dtype)
             return torch.empty(window.box.shape, dtype=dtype, device=self.device)
-        return view(self.tensor(window.buffer), window)
+        return self.buffers.view(window)
 
     def portion(self, window: Window, fresh: bool = False) -> Portion:
         """The cells of an input (its buffer is brought into being) or of an output."""
@@ -121,12 +167,33 @@ def make_shards(programs: Sequence[Program], devices: Sequence[torch.device], po
 
 
 @dataclass(frozen=True)
-class _Order:
-    """The turns of some programs, and the bytes below the peak in each, which memory that waits for others may take."""
+class _Turn:
+    """What some shards do at once.
 
-    programs: Sequence[Program]
-    turns: Sequence[tuple[int, tuple[int, ...]]]
-    spare: Sequence[int]
+    Args:
+        releases: buffers that nobody reads after it.
+        spare: bytes below the peak, which memory that waits for others may take.
+    """
+
+    name: str
+    pairs: Sequence[tuple[Shard, Action]]
+    releases: Sequence[tuple[Shard, str]]
+    spare: int
+
+    @cached_property
+    def is_nothing(self) -> bool:
+        """Whether nobody does anything, as where a step was joined to the one before."""
+        return all(isinstance(action, Compute) and not action.writes for _, action in self.pairs)
+
+
+def _turns(shards: Sequence[Shard]) -> list[_Turn]:
+    programs = [shard.program for shard in shards]
+    found: list[_Turn] = []
+    for (number, places), spare in zip(in_turns(programs), forecast(programs).spare, strict=True):
+        steps = [(shards[place], programs[place].steps[number]) for place in places]
+        found.append(_Turn(steps[0][1].action.name, [(shard, step.action) for shard, step in steps],
+                           [(shard, name) for shard, step in steps for name in step.releases], spare))
+    return found
 
 
 @dataclass
@@ -136,7 +203,7 @@ class Executor:
     shards: Sequence[Shard]
     transport: Transport
     under_way: dict[str, Handle] = field(default_factory=dict[str, Handle])
-    _known: _Order | None = None
+    _known: tuple[Sequence[Program], list[_Turn]] = ((), [])
 
     def run(self, feed: Feed, drain: Drain, progress: Progress | None = None, first: int = 0,
             after: Callable[[int], None] | None = None) -> None:
@@ -150,19 +217,17 @@ class Executor:
             after: called with the next turn's number after each, unless messages are under way then.
         """
         self.under_way.clear()
-        order, arena = self._order(), self.shards[0].arena
-        turns, spare = order.turns, order.spare
+        turns, arena = self._order(), self.shards[0].arena
         arena.begin()
         with torch.inference_mode():
-            for index, (number, places) in enumerate(turns[first:], first + 1):
-                arena.keep(spare[index - 1])
-                steps = [(self.shards[place], self.shards[place].program.steps[number]) for place in places]
-                self._act([(shard, step.action) for shard, step in steps], feed, drain)
-                for shard, step in steps:
-                    for name in step.releases:
-                        shard.buffers.pop(name, None)
+            for index, turn in enumerate(turns[first:], first + 1):
+                arena.keep(turn.spare)
+                if not turn.is_nothing:
+                    self._act(turn.pairs, feed, drain)
+                for shard, name in turn.releases:
+                    shard.buffers.release(name)
                 if progress is not None:
-                    progress(index, len(turns), steps[0][1].action.name)
+                    progress(index, len(turns), turn.name)
                 if after is not None and index < len(turns) and not self.under_way:
                     after(index)
 
@@ -171,12 +236,14 @@ class Executor:
         """Bytes that no buffer uses at the moment, kept for those of the next run."""
         return sum(arena.kept for arena in {id(s.arena): s.arena for s in self.shards}.values())
 
-    def _order(self) -> _Order:
+    def _order(self) -> list[_Turn]:
         """The turns of the programs that the shards have, found once for all runs of them."""
+        known, turns = self._known
         programs = [shard.program for shard in self.shards]
-        if self._known is None or any(a is not b for a, b in zip(programs, self._known.programs, strict=True)):
-            self._known = _Order(programs, in_turns(programs), forecast(programs).spare)
-        return self._known
+        if len(programs) != len(known) or any(a is not b for a, b in zip(programs, known, strict=True)):
+            turns = _turns(self.shards)
+            self._known = programs, turns
+        return turns
 
     def _act(self, pairs: Sequence[tuple[Shard, Action]], feed: Feed, drain: Drain) -> None:
         actions = [action for _, action in pairs]
@@ -267,11 +334,8 @@ def accumulate(shard: Shard, action: Merge) -> None:
 
 def move(shard: Shard, action: Move) -> None:
     """Copy within a buffer, where source and target may overlap."""
-    buffer = shard.buffers[action.source.buffer]
-    source, target = view(buffer, action.source), view(buffer, action.target)
-    overlap = any(a[0].start < b[0].stop and b[0].start < a[0].stop and a != b
-                  for a, b in zip(action.source.slices, action.target.slices, strict=True))
-    target.copy_(source.clone() if overlap else source)
+    source, target = shard.buffers.view(action.source), shard.buffers.view(action.target)
+    target.copy_(source.clone() if action.overlaps else source)
 
 
 def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -287,15 +351,14 @@ def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tens
 
 def compute(shard: Shard, action: Compute) -> None:
     """Run one kernel; its result becomes the buffer, or goes into the room that a larger buffer has for it."""
-    outs = tuple(w.box for w in action.writes)
-    if not any(map(bool, outs)):
+    if action.is_nothing:
         for window in action.writes:
             shard.room(window)
         return
-    tensors = tuple(None if w is None else shard.window(w) for w in action.reads)
-    boxes = tuple(None if w is None else w.box for w in action.reads)
-    first, into = action.writes[0], shard.target(action)
-    results = action.operator.run(Call(tensors, boxes, outs, into))
+    tensors = tuple([None if w is None else shard.window(w) for w in action.reads])
+    into = shard.target(action)
+    call = Call(tensors, action.boxes, action.outs, into)
+    results = shard.kernel(action, call)(call)
     for window, result in zip(action.writes, results, strict=False):
-        if into is None or window is not first:
+        if into is None or window is not action.writes[0]:
             shard.put(window, result)

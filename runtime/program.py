@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import onnx_ir as ir
@@ -59,10 +60,20 @@ class Window:
     slices: Slices
     fills: bool = False
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether every axis is one slice, so that the window is a view."""
         return set(map(len, self.slices)) <= {1}
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Extents of its cells."""
+        return self.box.shape
+
+    @cached_property
+    def place(self) -> tuple[int, ...]:
+        """The first and last cells of a dense window in its buffer."""
+        return tuple([end for (only,) in self.slices for end in (only.start, only.stop)])
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,26 @@ class Compute:
     operator: Operator
     reads: tuple[Window | None, ...]
     writes: tuple[Window, ...]
+
+    @cached_property
+    def boxes(self) -> tuple[Box | None, ...]:
+        """The cells of the inputs."""
+        return tuple([None if w is None else w.box for w in self.reads])
+
+    @cached_property
+    def outs(self) -> tuple[Box, ...]:
+        """The cells to compute."""
+        return tuple([w.box for w in self.writes])
+
+    @cached_property
+    def is_nothing(self) -> bool:
+        """Whether no cell is to be computed."""
+        return not any(self.outs)
+
+    @cached_property
+    def is_direct(self) -> bool:
+        """Whether the kernel can write its first result to its place."""
+        return self.operator.writes_into and self.writes[0].is_dense
 
 
 @dataclass(frozen=True)
@@ -210,6 +241,12 @@ class Move:
     name: str
     source: Window
     target: Window
+
+    @cached_property
+    def overlaps(self) -> bool:
+        """Whether cells are written that are still to be read."""
+        return any(a[0].start < b[0].stop and b[0].start < a[0].stop and a != b
+                   for a, b in zip(self.source.slices, self.target.slices, strict=True))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ A new operator is one subclass with its `op_types`; the conformance suites itera
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -200,6 +200,10 @@ class Call:
         return found
 
 
+Kernel = Callable[[Call], "tuple[torch.Tensor, ...]"]
+"""Computes the outputs of a call."""
+
+
 @dataclass(frozen=True)
 class Example:
     """A small node for the conformance suites: shapes of the data inputs, constants, attributes.
@@ -323,6 +327,13 @@ class Operator(ABC):
     @abstractmethod
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Compute `call.outs` from `call.tensors`; differentiable unless `call.into` is given."""
+
+    def bind(self, call: Call) -> Kernel:
+        """The kernel for calls like this one: the same boxes, other data; what follows from the boxes is found once.
+
+        It computes what `run` does, and falls back to that for calls that differ in more.
+        """
+        return self.run
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:

@@ -11,14 +11,14 @@ from the operators' maps, so that blocks are what slabs are: exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from partitioner.geometry import Box, local_slices, span
-from partitioner.ops.base import Call, Needs, NodeView, Operator, Unsupported, need_pieces
+from partitioner.ops.base import Call, Kernel, Needs, NodeView, Operator, Unsupported, need_pieces
 from partitioner.ops.kernels import onednn
 from partitioner.ops.standard.conv import Conv, ConvTranspose
 from partitioner.ops.standard.norm import BatchNormalization, Normalize
@@ -35,6 +35,9 @@ BLOCK = 4 << 20
 
 MOST_AT_ONCE = 1 << 30
 """Bytes of a tensor up to which a kernel that writes where it is told takes it at once: oneDNN is slow beyond 2^31."""
+
+MOST_KNOWN = 256
+"""Blocks of a result up to which what was found out about them is kept from call to call."""
 
 TAKEN = ("LeakyRelu",)
 """What a convolution's kernel does in passing; not Relu: oneDNN's makes zeros of NaN."""
@@ -89,14 +92,10 @@ class Fused(Operator):
 
     Args:
         in_blocks: whether the result is so large that it is computed block by block.
-        known: what has been found out about calls, by the boxes that they had: a program makes the same ones in every
-            run.
     """
 
     parts: tuple[Part, ...] = ()
     in_blocks: bool = False
-    known: dict[tuple[int, ...], Any] = field(init=False, repr=False, compare=False,
-                                              default_factory=dict[tuple[int, ...], Any])
 
     @classmethod
     def read(cls, view: NodeView) -> Self:
@@ -153,13 +152,26 @@ class Fused(Operator):
         return sum(part.operator.flops(out) for part in self.parts)
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        into = call.into
-        if into is None or not self.in_blocks or self._is_one_call(call):
-            return (self._compute(call, into),)
-        out = call.outs[0]
-        for block in self._known((id(out),), call, lambda: list(self._blocks(out, into.element_size()))):
-            self._compute(replace(call, outs=(block,)), _cells(into, out, block))
-        return (into,)
+        return self.bind(call)(call)
+
+    def bind(self, call: Call) -> Kernel:
+        at_once, out, boxes = _Chain(self, call.boxes, call.outs), call.outs[0], call.boxes
+        if not self.in_blocks:
+            return lambda call: (at_once.run(call, call.into),)
+        known: list[tuple[Box, _Chain]] = []
+
+        def run(call: Call) -> tuple[torch.Tensor, ...]:
+            into = call.into
+            if into is None or self._is_one_call(call):
+                return (at_once.run(call, into),)
+            chains = known or [(block, _Chain(self, boxes, (block,))) for block in self._blocks(out)]
+            if len(chains) <= MOST_KNOWN:
+                known[:] = chains
+            for block, chain in chains:
+                chain.run(call, _cells(into, out, block))
+            return (into,)
+
+        return run
 
     def _is_one_call(self, call: Call) -> bool:
         """Whether the one kernel reads its inputs and writes its result as they lie; it would copy others whole."""
@@ -169,32 +181,13 @@ class Fused(Operator):
         large = [t for t in (into, *call.tensors) if t is not None and t.dim() == data.dim()]
         return all(onednn.is_dense(t) and t.nbytes <= MOST_AT_ONCE for t in large)
 
-    def _compute(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
-        """All parts for one block, or the whole; the last one writes into memory that is given."""
-        result: torch.Tensor | None = None
-        boxes = tuple(map(id, (call.outs[0], *call.boxes)))
-        for index, part in enumerate(self.parts):
-            room = into if into is not None and (self.is_direct or part is self.parts[-1]) else result
-            inputs = self._known((index, *boxes), call, lambda part=part: list(_inputs(part, call)))
-            result = _run(part, inputs, call, result, room if part.operator.writes_into else None)
-        assert result is not None
-        if into is not None and not self.parts[-1].operator.writes_into:
-            return into.copy_(result)
-        return result
-
-    def _known(self, key: tuple[int, ...], call: Call, find: Callable[[], list[Any]]) -> list[Any]:
-        """What is found out once; the boxes of the key live as long as it does."""
-        if key not in self.known:
-            self.known[key] = find(), call.outs, call.boxes
-        return self.known[key][0]
-
-    def _blocks(self, out: Box, itemsize: int) -> Iterator[Box]:
+    def _blocks(self, out: Box) -> Iterator[Box]:
         """Planes along the first spatial axis, one case after the other: they are dense in memory."""
         if any(len(parts) != 1 for parts in out.axes):
             yield out
             return
         cases, planes = out.axes[0][0], out.axes[2][0]
-        nbytes = out.size // max(1, len(cases) * len(planes)) * itemsize
+        nbytes = math.ceil(out.size // max(1, len(cases) * len(planes)) * self.outputs[0].itemsize)
         count = max(1, BLOCK // max(1, nbytes))
         if count >= len(planes) * len(cases):
             yield out
@@ -218,36 +211,56 @@ class Fused(Operator):
 
 @dataclass(frozen=True)
 class _Input:
-    """An input of a part: its number in the whole, or `PREVIOUS`, the cells, and where it must be cut to have them."""
+    """An input of a part: its number in the whole, or `PREVIOUS`, the cells, and what it must be cut from."""
 
     source: int
     box: Box | None
-    is_cut: bool = False
+    held: Box | None = None
 
 
-def _inputs(part: Part, call: Call) -> Iterator[_Input]:
-    (out,) = call.outs
+class _Chain:
+    """All parts for one block of the result, or the whole; kernels are bound at the first call."""
+
+    def __init__(self, whole: Fused, boxes: Sequence[Box | None], outs: tuple[Box, ...]) -> None:
+        self._outs = outs
+        self._inputs = [tuple(_inputs(part, boxes, outs[0])) for part in whole.parts]
+        self._boxes = [tuple(given.box for given in inputs) for inputs in self._inputs]
+        self._operators = [part.operator for part in whole.parts]
+        self._writes = [operator.writes_into for operator in self._operators]
+        self._kernels: list[Kernel | None] = [None] * len(whole.parts)
+        self._is_direct = whole.is_direct
+
+    def run(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
+        """The last part writes into memory that is given."""
+        result: torch.Tensor | None = None
+        last = len(self._operators) - 1
+        for index, operator in enumerate(self._operators):
+            room = into if into is not None and (self._is_direct or index == last) else result
+            tensors = tuple([_given(given, call, result) for given in self._inputs[index]])
+            own = Call(tensors, self._boxes[index], self._outs, room if self._writes[index] else None)
+            kernel = self._kernels[index]
+            if kernel is None:
+                kernel = self._kernels[index] = operator.bind(own)
+            (result,) = kernel(own)
+        assert result is not None
+        return result if into is None or self._writes[last] else into.copy_(result)
+
+
+def _inputs(part: Part, boxes: Sequence[Box | None], out: Box) -> Iterator[_Input]:
     for source, needs in zip(part.sources, part.needs, strict=False):
-        box = out if source == PREVIOUS else call.boxes[source]
-        if source == PREVIOUS or box is None or needs is None:
-            yield _Input(source, box)
+        held = out if source == PREVIOUS else boxes[source]
+        if source == PREVIOUS or held is None or needs is None:
+            yield _Input(source, held)
             continue
         wanted = Box(tuple(need_pieces(need, out) for need in needs))
-        yield _Input(source, wanted, wanted != box)
+        yield _Input(source, wanted, held if wanted != held else None)
 
 
-def _run(part: Part, inputs: Sequence[_Input], call: Call, before: torch.Tensor | None,
-         into: torch.Tensor | None) -> torch.Tensor:
-    tensors: list[torch.Tensor | None] = []
-    for given in inputs:
-        tensor = before if given.source == PREVIOUS else call.tensors[given.source]
-        if given.is_cut and tensor is not None and given.box is not None:
-            held = call.boxes[given.source]
-            assert held is not None
-            tensor = _cells(tensor, held, given.box)
-        tensors.append(tensor)
-    (result,) = part.operator.run(Call(tuple(tensors), tuple(given.box for given in inputs), call.outs, into))
-    return result
+def _given(given: _Input, call: Call, before: torch.Tensor | None) -> torch.Tensor | None:
+    tensor = before if given.source == PREVIOUS else call.tensors[given.source]
+    if tensor is None or given.held is None or given.box is None:
+        return tensor
+    return _cells(tensor, given.held, given.box)
 
 
 def _cells(tensor: torch.Tensor, held: Box, wanted: Box) -> torch.Tensor:

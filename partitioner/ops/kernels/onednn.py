@@ -41,6 +41,7 @@ SWITCH = "PARTITIONER_ONEDNN"
 _CPU, _IN_ORDER, _FORWARD_INFERENCE, _RELU, _FLOAT32, _ANY = 1, 1, 96, 0x20, 3, 1
 _DIRECT = {"convolution": 0x1, "deconvolution": 0xA}
 _OWN_SCRATCHPAD, _IMPLEMENTATION, _WEIGHTS_LAYOUT, _SCRATCHPAD_LAYOUT, _OPENMP = 1, 8, 131, 136, 2
+_OUT_OF_MEMORY = 1
 _SOURCE, _TARGET, _WEIGHTS, _BIAS, _SCRATCHPAD = 1, 17, 33, 41, 80
 
 
@@ -66,7 +67,7 @@ class Task:
         stride, dilation: per spatial axis.
         padding: per spatial axis before and after it (cropping, when transposed), none of them negative.
         slope: of the LeakyRelu that follows, where one does.
-        adds: to what is there already (then `convolve` needs `into`, dense).
+        adds: to what is there already.
     """
 
     data: tuple[int, ...]
@@ -123,7 +124,12 @@ def _last(tensor: torch.Tensor) -> torch.memory_format:
 def suits(data: torch.Tensor) -> bool:
     """Whether data is what the kernels take: images or volumes in float32, on the CPU, without gradients."""
     return (data.device.type == "cpu" and data.dtype == torch.float32 and data.dim() in (4, 5) and data.numel() > 0
-            and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and is_available())
+            and _plainly() and is_available())
+
+
+def _plainly() -> bool:
+    """Whether torch computes neither gradients nor in another precision now."""
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
 
 def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, task: Task,
@@ -134,30 +140,34 @@ def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         data: that `suits`.
         into: memory for the result; it is written to directly where it is dense with channels last.
     """
+    kernel = kernel_for(weight, task)
+    return None if kernel is None else kernel.run(data, bias, into)
+
+
+def kernel_for(weight: torch.Tensor, task: Task) -> Kernel | None:
+    """The kernel for a convolution with these weights, or None where the library has no fast one."""
     if min(task.result) < 1 or weight.dtype != torch.float32 or weight.numel() == 0:
         return None
-    kernel = _kernel_of(weight, task)
-    if kernel is None:
-        return None
-    place = into
-    if place is None or not is_dense(place):
-        if task.adds:
-            return None
-        place = torch.empty(task.result, dtype=data.dtype, memory_format=_last(data))
-    kernel.run(data.contiguous(memory_format=_last(data)), bias, place)
-    if into is None or place is into:
-        return place
-    return into.copy_(place)
+    if not weight.is_inference():
+        return _make_kernel(weight, task, ())
+    known: dict[tuple[Task, int], Kernel | None] = _kernels().setdefault(weight, {})
+    key = (task, torch.get_num_threads())
+    if key not in known:
+        known[key] = _make_kernel(weight, task, [k.packed for k in known.values() if k is not None])
+    return known[key]
 
 
-class _Kernel:
+class Kernel:
     """A primitive with its weights in the order that it wants."""
 
     def __init__(self, library: _Library, weight: torch.Tensor, task: Task, packed: Sequence[_Packed]) -> None:
+        self.task = task
+        self._shape, self._adds = task.result, task.adds
+        self._weight = weakref.ref(weight) if weight.is_inference() else None  # others may change
+        self._threads = torch.get_num_threads()
         self._library, self._lock = library, threading.Lock()
-        primitive, self.packed, scratch = library.convolution(weight, task, packed)
-        self._primitive = primitive
-        self._scratch = scratch
+        self._primitive, self.packed, scratch = library.convolution(weight, task, packed)
+        self._scratch = library.size_of(scratch)
         layouts = (library.layout(task.data), library.layout(task.result), library.layout((task.channels,)))
         self._source, self._target, self._bias = (library.memory(layout) for layout in layouts)
         self._room = library.memory(scratch)
@@ -168,15 +178,30 @@ class _Kernel:
         self._count = len(given)
         self._arguments = (_Argument * len(given))(*(_Argument(n, m.handle) for n, m in given))
 
-    def run(self, data: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> None:
-        library, nbytes = self._library, self._library.size_of(self._scratch)
-        room = torch.empty(nbytes, dtype=torch.uint8) if nbytes else None
-        bias = None if bias is None else bias.contiguous()
+    def serves(self, data: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether it is still the one for such a call: the same weights, as many threads, extents as before."""
+        return (self._weight is not None and self._weight() is weight and data.shape == self.task.data
+                and torch.get_num_threads() == self._threads and _plainly())
+
+    def run(self, data: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor:
+        """The convolution of data, into memory that is given, or added to what is there (which must lie densely)."""
+        place = into
+        if place is None or not is_dense(place):
+            assert not self._adds
+            place = torch.empty(self._shape, dtype=data.dtype, memory_format=_last(data))
+        self._run(data.contiguous(memory_format=_last(data)), None if bias is None else bias.contiguous(), place)
+        return place if into is None or place is into else into.copy_(place)
+
+    def _run(self, data: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> None:
+        point, room = self._library.point, torch.empty(self._scratch, dtype=torch.uint8) if self._scratch else None
         with self._lock:
-            for memory, tensor in ((self._source, data), (self._target, into), (self._bias, bias), (self._room, room)):
-                if tensor is not None:
-                    library.call("memory_set_data_handle", memory, ctypes.c_void_p(tensor.data_ptr()))
-            library.execute(self._primitive, self._count, self._arguments)
+            point(self._source.address, data.data_ptr())
+            point(self._target.address, into.data_ptr())
+            if bias is not None:
+                point(self._bias.address, bias.data_ptr())
+            if room is not None:
+                point(self._room.address, room.data_ptr())
+            self._library.execute(self._primitive, self._count, self._arguments)
 
 
 @dataclass(frozen=True)
@@ -188,6 +213,11 @@ class _Object:
     @property
     def _as_parameter_(self) -> ctypes.c_void_p:
         return self.handle
+
+    @functools.cached_property
+    def address(self) -> int:
+        """The handle as a number."""
+        return self.handle.value or 0
 
 
 @dataclass(frozen=True)
@@ -208,6 +238,10 @@ class _Library:
             getattr(self._functions, f"dnnl_{name}").restype = {
                 "memory_desc_get_size": ctypes.c_size_t, "version": ctypes.POINTER(_Version),
             }.get(name, ctypes.c_void_p)
+        self.point = self._functions.dnnl_memory_set_data_handle
+        self.point.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        self._execute = self._functions.dnnl_primitive_execute
+        self._execute.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self._engine = self.make("engine", _CPU, ctypes.c_size_t(0))
         self._stream = self.make("stream", self._engine, _IN_ORDER)
 
@@ -261,8 +295,15 @@ class _Library:
         return self._functions.dnnl_memory_desc_get_size(layout)
 
     def execute(self, primitive: _Object, count: int, arguments: Any) -> None:
-        """Run a primitive."""
-        self.call("primitive_execute", primitive, self._stream, count, arguments)
+        """Run a primitive.
+
+        Raises:
+            MemoryError: for want of memory.
+            RuntimeError: it cannot.
+        """
+        status = self._execute(primitive.address, self._stream.address, count, arguments)
+        if status:
+            raise (MemoryError if status == _OUT_OF_MEMORY else RuntimeError)(f"oneDNN returned {status}")
 
     def convolution(self, weight: torch.Tensor, task: Task,
                     packed: Sequence[_Packed]) -> tuple[_Object, _Packed, _Object]:
@@ -368,21 +409,10 @@ def _kernels() -> Any:
     return WeakTensorKeyDictionary()
 
 
-def _kernel_of(weight: torch.Tensor, task: Task) -> _Kernel | None:
-    """A kernel with its weights; the one of before where they cannot have changed since."""
-    if not weight.is_inference():
-        return _make_kernel(weight, task, ())
-    known: dict[tuple[Task, int], _Kernel | None] = _kernels().setdefault(weight, {})
-    key = (task, torch.get_num_threads())
-    if key not in known:
-        known[key] = _make_kernel(weight, task, [k.packed for k in known.values() if k is not None])
-    return known[key]
-
-
-def _make_kernel(weight: torch.Tensor, task: Task, packed: Sequence[_Packed]) -> _Kernel | None:
+def _make_kernel(weight: torch.Tensor, task: Task, packed: Sequence[_Packed]) -> Kernel | None:
     library = _library()
     assert library is not None
     try:
-        return _Kernel(library, weight, task, packed)
+        return Kernel(library, weight, task, packed)
     except _Unimplemented:
         return None

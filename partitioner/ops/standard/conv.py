@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from partitioner.ops.base import (
     Backward,
     Call,
     Example,
+    Kernel,
     Need,
     Needs,
     NodeView,
@@ -56,9 +58,45 @@ def _check_ranks(data: TensorType, weight: TensorType) -> None:
         raise Unsupported(f"weight of {weight.rank} axes on an input of {data.rank}; correct the file")
 
 
+@dataclass(frozen=True)
+class Convolution(Operator):
+    """A kernel that slides: oneDNN's own where it has one, which writes to the place of the result, else torch's."""
+
+    @abstractmethod
+    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
+        """oneDNN's own kernel for a call, if it has one.
+
+        Args:
+            adds: to what is in the memory that it is given.
+        """
+
+    @property
+    def writes_into(self) -> bool:
+        return onednn.makes(self.outputs[0])
+
+    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
+        kernel = self.kernel(call)
+        return self._by_torch(call) if kernel is None else (kernel.run(call.tensor(0), call.optional(2), call.into),)
+
+    def bind(self, call: Call) -> Kernel:
+        kernel = self.kernel(call)
+        if kernel is None:
+            return self.run
+
+        def run(call: Call) -> tuple[torch.Tensor, ...]:
+            data, weight = call.tensor(0), call.tensor(1)
+            return (kernel.run(data, call.optional(2), call.into),) if kernel.serves(data, weight) else self.run(call)
+
+        return run
+
+    @abstractmethod
+    def _by_torch(self, call: Call) -> tuple[torch.Tensor, ...]:
+        """The same by torch's kernels."""
+
+
 @register
 @dataclass(frozen=True)
-class Conv(Operator):
+class Conv(Convolution):
     """Convolution: any kernel, stride, dilation, group and padding.
 
     Args:
@@ -126,14 +164,7 @@ class Conv(Operator):
         copies = self.outputs[0].itemsize * (cells + results + sum(blocked))
         return np.where(np.asarray(cells) / data.shape[-1] <= _SMALL, copies, 0.0)  # pyright: ignore
 
-    @property
-    def writes_into(self) -> bool:
-        return onednn.makes(self.outputs[0])
-
-    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        direct = self._run_onednn(call)
-        if direct is not None:
-            return (direct,)
+    def _by_torch(self, call: Call) -> tuple[torch.Tensor, ...]:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True)]
         data = pad_explicitly(call.tensor(0), borders, 0.0)
@@ -148,31 +179,21 @@ class Conv(Operator):
             result = functional.leaky_relu(result, self.slope)
         return (result if call.into is None else call.into.copy_(result),)
 
-    def add_to(self, result: torch.Tensor, call: Call) -> torch.Tensor:
-        """Add what this convolution makes to a result that is there."""
-        direct = self._run_onednn(replace(call, into=result), adds=True)
-        if direct is not None:
-            return direct
-        (more,) = replace(self, slope=None).run(call)
-        result = result.add_(more)
-        return result if self.slope is None else functional.leaky_relu_(result, self.slope)
+    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
+        if not onednn.suits(call.tensor(0)):
+            return None
+        padding = tuple(self.local_pads(call.box(0), call.outs[0]))  # either side is padded by itself
+        if min(map(min, padding)) < 0:
+            return None
+        return onednn.kernel_for(call.tensor(1), onednn.Task(
+            tuple(call.tensor(0).shape), tuple(call.tensor(1).shape), call.optional(2) is not None,
+            tuple(w.stride for w in self.windows), tuple(w.dilation for w in self.windows), padding, self.group,
+            self.slope, adds=adds))
 
     def local_pads(self, held: Box, out: Box) -> list[tuple[int, int]]:
         """Padding before and after every spatial axis of a local input."""
         return [local_padding(w, h, o)
                 for w, h, o in zip(self.windows, held.intervals()[2:], out.intervals()[2:], strict=True)]
-
-    def _run_onednn(self, call: Call, adds: bool = False) -> torch.Tensor | None:
-        """By the library itself, where it has a kernel: it pads either side by itself, and writes to the place."""
-        data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
-        if not onednn.suits(data):
-            return None
-        padding = tuple(self.local_pads(call.box(0), call.outs[0]))
-        if min(map(min, padding)) < 0:
-            return None
-        return onednn.convolve(data, weight, bias, onednn.Task(
-            tuple(data.shape), tuple(weight.shape), bias is not None, tuple(w.stride for w in self.windows),
-            tuple(w.dilation for w in self.windows), padding, self.group, self.slope, adds=adds), call.into)
 
     def emit(self, emitter: Emitter, names: Sequence[str | None], boxes: Sequence[Box | None],
              outs: Sequence[Box]) -> tuple[str, ...]:
@@ -199,7 +220,7 @@ class Conv(Operator):
 
 @register
 @dataclass(frozen=True)
-class ConvTranspose(Operator):
+class ConvTranspose(Convolution):
     """Transposed convolution with output_padding and output_shape.
 
     Outputs that no input reaches (kernel shorter than stride, output_padding) hold the bias alone.
@@ -255,26 +276,18 @@ class ConvTranspose(Operator):
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return Backward(inputs=(0, 1), workspace=self.outputs[0].itemsize * outs[0])
 
-    @property
-    def writes_into(self) -> bool:
-        return onednn.makes(self.outputs[0])
+    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
+        spans = tuple(self._spans(call.box(0), call.outs[0]))  # either side is cropped by itself
+        if not onednn.suits(call.tensor(0)) or min(map(min, spans)) < 0:
+            return None
+        return onednn.kernel_for(call.tensor(1), onednn.Task(
+            tuple(call.tensor(0).shape), tuple(call.tensor(1).shape), call.optional(2) is not None,
+            tuple(w.stride for w in self.windows), tuple(w.dilation for w in self.windows), spans, self.group,
+            transposed=True, adds=adds))
 
-    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        direct = self._run_onednn(call)
-        if direct is not None:
-            return (direct,)
+    def _by_torch(self, call: Call) -> tuple[torch.Tensor, ...]:
         result = self._run_torch(call)
         return (result if call.into is None else call.into.copy_(result),)
-
-    def _run_onednn(self, call: Call) -> torch.Tensor | None:
-        """By the library itself, where it has a kernel: it crops either side by itself, and writes to the place."""
-        data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
-        spans = self._spans(call.box(0), call.outs[0])
-        if not onednn.suits(data) or min(map(min, spans)) < 0:
-            return None
-        return onednn.convolve(data, weight, bias, onednn.Task(
-            tuple(data.shape), tuple(weight.shape), bias is not None, tuple(w.stride for w in self.windows),
-            tuple(w.dilation for w in self.windows), tuple(spans), self.group, transposed=True), call.into)
 
     def _run_torch(self, call: Call) -> torch.Tensor:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
