@@ -181,9 +181,14 @@ class Partitioned(Runner):
         totals = plan.to_dict()["totals"]
         peak = totals["peak_bytes_lockstep" if backend == "lockstep" else "peak_bytes_max"]
         self._forecast = Traffic(totals["sent_bytes"], totals["messages"], peak)
+        self._shape = next(tuple(map(int, v.shape or ())) for v in plan.model.graph.outputs if v.name == OUTPUT_NAME)
+        self._room: dict[str, NDArray[np.float32]] = {}
 
     def run(self, volume: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._session.run({INPUT_NAME: volume})[OUTPUT_NAME]
+        return self._session.run({INPUT_NAME: volume}, out=self._room)[OUTPUT_NAME]
+
+    def hold(self) -> None:
+        self._room = {OUTPUT_NAME: np.full(self._shape, np.nan, np.float32)}
 
     def forecast(self) -> Traffic:
         return self._forecast

@@ -32,6 +32,9 @@ class Runner(Protocol):
         """One forward pass or training step; done when this returns."""
         ...
 
+    def hold(self) -> None:
+        """Take memory for the output, where a user would have it before the first run."""
+
     def array(self, output: Any) -> NDArray[Any]:
         """What `run` returned as an array, to be compared with other sides'."""
         return np.asarray(output)

@@ -3,9 +3,10 @@
 The job names suite, case and side (JSON, see `Job`).  Commands come on standard input, one per line; every
 reply is one line of JSON on standard output.
 
-    (start)      {"shape": extents}                                  the input is in memory
+    (start)      {"shape": extents}                                  nothing is in memory but the program
     (start)      {"setup_seconds": s, "forecast": traffic or null, "schedule": text or null}
-                 the network too; or {"refused": why}, and the process ends
+                 the network is in memory, the input, and room for the output where the side can write to that; or
+                 {"refused": why}, and the process ends
     run          {"seconds": s, "counted": traffic or null, "device_bytes": n or null}    traffic: see `runner.Traffic`
     save PATH    {"saved": PATH}                                     the last output, as .npy
     quit         (the process ends)
@@ -39,7 +40,7 @@ class Job:
 
     Args:
         budget: bytes that the process may hold, for a side with a share.
-        tight: freed memory goes back at once, so that what is idle holds nothing of the start.
+        tight: freed memory goes back at once (by the allocator's settings), so that what is idle holds nothing more.
     """
 
     suite: str
@@ -64,14 +65,13 @@ def main(argv: list[str]) -> int:
     suite = find_suite(job.suite)
     case = suite.case(job.case)
     side = next(side for side in (*case.sides, FLOAT64) if side.name == job.side)
-    volume = example_input(case)
-    if job.tight:
-        give_back_memory()
-    _reply(replies, {"shape": volume.shape})
+    _reply(replies, {"shape": case.shape})
     started = time.perf_counter()
     try:
         with opened(side, case, Path(job.model), job.threads, job.budget, suite.device) as runner:
             seconds = time.perf_counter() - started
+            volume = example_input(case)
+            runner.hold()
             # What was freed since the start would otherwise take up what runs need, and hide it.
             give_back_memory()
             facts = {"forecast": _plain(runner.forecast()), "schedule": runner.schedule()}

@@ -295,11 +295,12 @@ class Plan:
         """
         save_model(self.model.clone(), checked_path(path))
 
-    def run(self, inputs: Arrays) -> dict[str, Any]:
+    def run(self, inputs: Arrays, out: Arrays | None = None) -> dict[str, Any]:
         """Run all shards in this process, on CPU or where the first torch input lies.
 
         Args:
             inputs: numpy arrays or torch tensors per input name.
+            out: arrays that outputs are written to, by name (see `Session.run`).
 
         Returns:
             outputs per name, numpy or torch as the first input is.
@@ -310,7 +311,7 @@ class Plan:
         check_inputs(self.model, inputs)
         device = next((str(v.device) for v in inputs.values() if is_tensor(v)), "cpu")
         with self.session(backend="lockstep", device=device) as session:
-            return session.run(inputs)
+            return session.run(inputs, out=out)
 
     def session(self, backend: Backend = "lockstep", device: str = "cpu", threads: int | None = None,
                 link: Link | None = None) -> Session:

@@ -90,6 +90,41 @@ def check_inputs(model: ir.Model, inputs: Arrays) -> None:
     refuse_all(problems)
 
 
+def check_outputs(model: ir.Model, out: Arrays, inputs: Arrays) -> None:
+    """Arrays that the outputs of a plan are to be written to.
+
+    Raises:
+        PartitionError: with every problem.
+    """
+    wanted = {str(v.name): v for v in model.graph.outputs}
+    if not isinstance(out, Mapping):
+        raise PartitionError(f"out is a {type(out).__name__}; give a dict from name to array: {', '.join(wanted)}")
+    problems = [f"output '{n}' is unknown; the model has {', '.join(wanted)}" for n in out if n not in wanted]
+    for name, array in out.items():
+        problem = _room_problem(wanted[name], array, inputs) if name in wanted else None
+        if problem is not None:
+            problems.append(f"out: output '{name}' {problem}")
+    refuse_all(problems)
+
+
+def _room_problem(value: ir.Value, array: Any, inputs: Arrays) -> str | None:
+    problem = _array_problem(value, array)
+    if problem is not None:
+        return problem
+    expected = dialect.shape_of(value)
+    if tuple(array.shape) != expected:
+        return f"is {'x'.join(map(str, array.shape))}; the model makes {'x'.join(map(str, expected))}"
+    if is_tensor(array):
+        return None if array.device.type == "cpu" else f"lies on {array.device}; give one in host memory"
+    if array.dtype.name == "bfloat16":
+        return "is bfloat16, which only torch can write to; give a torch tensor"
+    if not array.flags.writeable or not array.dtype.isnative or any(step < 0 for step in array.strides):
+        return "is an array that torch cannot write to; give a new one, as numpy.empty makes it"
+    if any(np.may_share_memory(array, given) for given in inputs.values() if isinstance(given, np.ndarray)):
+        return "lies where an input lies, which is still to be read; give it memory of its own"
+    return None
+
+
 def _array_problem(value: ir.Value, array: Any) -> str | None:
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return f"is a {type(array).__name__}; give a numpy array or a torch tensor"

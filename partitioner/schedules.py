@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.axes import named_axes
-from partitioner.budget import Budget, largest_rank, memory_text, programs_of
+from partitioner.budget import STRIPS_RESERVE, Budget, largest_rank, memory_text, programs_of
 from partitioner.compiler import DepthFirst
 from partitioner.cost import plan_cost
 from partitioner.errors import BudgetError
@@ -85,7 +85,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
         for candidate in group:
             if smallest is None or candidate.needed < smallest.needed:
                 smallest = candidate
-            if candidate.is_exact and room.fits(candidate.memory):
+            if candidate.is_exact and room.holds(candidate):
                 fitting.append(candidate)
         if fitting:
             return _chosen(min(fitting, key=room.seconds))
@@ -140,7 +140,7 @@ def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model,
     yield from along  # slabs along later axes are not dense in storage
     if not room.budget.together or dialect.get_mesh(whole).size > 1:
         return
-    least = math.inf
+    least, room = math.inf, replace(room, taken=room.taken + STRIPS_RESERVE)
     for strips in _strips(whole, axes):
         found = _strip_candidates(lay_out, axes[0], strips, room)
         yield found
@@ -207,6 +207,10 @@ class _Room:
     def fits(self, memory: Memory) -> bool:
         """Whether the budget is kept."""
         return self.needed(memory) <= self.budget.total and not self.crowded(memory)
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether a plan keeps the budget."""
+        return candidate.needed <= self.budget.total and not self.crowded(candidate.memory)
 
     def candidate(self, model: ir.Model, order: DepthFirst | None, programs: Sequence[Program],
                   files: tuple[str, ...] = ()) -> Candidate:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from partitioner.errors import PartitionError
-from partitioner.guards import Arrays, check_inputs, check_link, is_tensor
+from partitioner.guards import Arrays, check_inputs, check_link, check_outputs, is_tensor
 
 if TYPE_CHECKING:
     from partitioner.api import Plan
@@ -48,31 +48,35 @@ class Session:
         self._runner: Runner | None = self._start(plan)
         self.last_run: RunReport | None = None
 
-    def run(self, inputs: Arrays, progress: Progress | None = None) -> dict[str, Any]:
+    def run(self, inputs: Arrays, progress: Progress | None = None, out: Arrays | None = None) -> dict[str, Any]:
         """Run once; inputs of another shape are planned for first.
 
         Args:
             inputs: numpy arrays or torch tensors (on any device) per input name.
             progress: called with (steps done, steps in all, step's name).
+            out: arrays that outputs are written to, by name, of their shape and type: memory that is there already, or
+                a file that is mapped; those without one come in new memory.
 
         Returns:
             whole outputs per name, numpy or torch (on its device) as the first input is.
 
         Raises:
-            PartitionError: for a missing or unknown input, a wrong shape or type.
+            PartitionError: for a missing or unknown input, a wrong shape or type, an array that has no room.
             ExecutionError: when a rank dies.
         """
         with self._lock:  # one run at a time, whichever threads ask for it
-            self._use(self._plan_for(inputs))
+            plan, room = self._plan_for(inputs), {} if out is None else out
+            check_outputs(plan.model, room, inputs)
+            self._use(plan)
             assert self._runner is not None
-            results = self._runner.run_arrays(inputs, progress)
+            results = self._runner.run_arrays(inputs, progress, room)
             self.last_run = self._runner.report
         first = next(iter(inputs.values()))
         if is_tensor(first):
-            return {name: tensor.to(first.device) for name, tensor in results.items()}
+            return {name: room.get(name, tensor.to(first.device)) for name, tensor in results.items()}
         from runtime.feeds import to_numpy
 
-        return {name: to_numpy(tensor) for name, tensor in results.items()}
+        return {name: room[name] if name in room else to_numpy(tensor) for name, tensor in results.items()}
 
     def close(self) -> None:
         """End the processes and give back memory; harmless when repeated."""

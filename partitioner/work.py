@@ -28,8 +28,8 @@ from partitioner.profile import Kernels
 from partitioner.rolling import Turns, count_turns
 from partitioner.slabs import Rest, find_rests
 
-SLAB_CALLS = 6
-"""Small kernels that a slab's step takes as long as beside its own: windows are found, results put in their place."""
+SLAB_CALLS = 12
+"""Smallest kernels that a step of a slab takes as long as beside its own: it begins in cold caches, on thin tensors."""
 
 MERGE_CALLS = 8
 """Small kernels that merge one peer's partial result, or one slab's."""

@@ -19,8 +19,8 @@ import torch
 from runtime.places import Life, find_places
 from runtime.program import storage_order
 
-LARGE = 4 << 20
-"""Bytes from which a tensor's memory is taken here; the C library keeps smaller blocks by itself."""
+LARGE = 1 << 20
+"""Bytes from which a tensor's memory is taken here; the C library's heap holds smaller ones without many gaps."""
 
 LARGE_PAGE = 2 << 20
 """Bytes of a large page on most machines."""

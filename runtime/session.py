@@ -24,7 +24,7 @@ from partitioner.ops.plugins import reaches_other_processes
 from partitioner.profile import Link
 from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
-from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, host_type, to_numpy
+from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, as_tensor, host_type, to_numpy
 from runtime.group import check_backend, check_device
 from runtime.launcher import RankPool
 from runtime.memory import storage_on
@@ -63,8 +63,9 @@ class RunReport:
 class Runner(Protocol):
     """Runs one plan on arrays or on files."""
 
-    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
-        """Whole inputs to whole outputs, in host memory."""
+    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None,
+                   out: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        """Whole inputs to whole outputs, in host memory: that of `out` where it has an array of the name."""
         ...
 
     def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
@@ -106,10 +107,14 @@ class LockstepRunner:
         self._executor = Executor(shards, self.transport)
         self.report: RunReport | None = None
 
-    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
+    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None,
+                   out: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """See `Runner`."""
-        results = {str(v.name): torch.empty(dialect.shape_of(v), dtype=torch_dtype(v.dtype))
-                   for v in self._model.graph.outputs if v.dtype is not None}
+        given, results = out or {}, dict[str, torch.Tensor]()
+        for name, value in ((str(v.name), v) for v in self._model.graph.outputs):
+            assert value.dtype is not None
+            results[name] = as_tensor(given[name]) if name in given else torch.empty(
+                dialect.shape_of(value), dtype=torch_dtype(value.dtype))
         self._run(ArrayFeed(arrays), ArrayDrain(results), progress)
         return results
 
@@ -231,12 +236,14 @@ class PoolRunner:
             self.pool.kill()
             raise
 
-    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None) -> dict[str, torch.Tensor]:
+    def run_arrays(self, arrays: Mapping[str, Any], progress: Progress | None = None,
+                   out: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """See `Runner`; the arrays travel through files in shared memory where there is room."""
         with tempfile.TemporaryDirectory(prefix="partitioner-", dir=_roomy_folder(self._model)) as folder:
             files, parts = _lay_out(Path(folder), arrays, self._model)
             self.run_files(files, progress)
-            return {str(v.name): _take(parts[str(v.name)], v) for v in self._model.graph.outputs}
+            return {name: _take(parts[name], v, (out or {}).get(name))
+                    for name, v in ((str(v.name), v) for v in self._model.graph.outputs)}
 
     def run_files(self, files: RunFiles, progress: Progress | None = None) -> None:
         """See `Runner`."""
@@ -300,12 +307,16 @@ def _put(path: Path, array: Any) -> Path:
     return path
 
 
-def _take(part: PartFile, value: ir.Value) -> torch.Tensor:
-    """A result that the ranks have written; the file goes, the memory stays."""
+def _take(part: PartFile, value: ir.Value, out: Any = None) -> torch.Tensor:
+    """A result that the ranks have written, in memory that is given or new; the file goes."""
     ((_, raw),) = part.arrays
     assert value.dtype is not None
+    if out is not None and raw.shape and 0 not in raw.shape:
+        mapped = np.memmap(part.temporary, raw.dtype, "c", raw.offset, raw.shape)
+        return as_tensor(out).copy_(torch.from_numpy(mapped))
     array = np.fromfile(part.temporary, dtype=raw.dtype, offset=raw.offset).reshape(raw.shape)
-    return torch.from_numpy(array).to(torch_dtype(value.dtype))
+    found = torch.from_numpy(array).to(torch_dtype(value.dtype))
+    return found if out is None else as_tensor(out).copy_(found)
 
 
 def _roomy_folder(model: ir.Model) -> str | None:

@@ -49,6 +49,39 @@ def alone(plan: pt.Plan, x: Array) -> Array:
 # --- runs and shapes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["new", "strided", "mapped", "tensor"])
+@pytest.mark.parametrize("backend", ["lockstep", "gloo"])
+def test_outputs_are_written_to_given_arrays(plan: pt.Plan, pool: pt.Session, tmp_path: Path, backend: str,
+                                             kind: str) -> None:
+    x = volume(seed=9)
+    expected = alone(plan, x)
+    wide = np.zeros((*expected.shape[:-1], 2 * expected.shape[-1]), expected.dtype)
+    out: Any = {
+        "new": np.empty_like(expected), "strided": wide[..., ::2], "tensor": torch.empty(expected.shape),
+        "mapped": np.lib.format.open_memmap(tmp_path / "y.npy", "w+", expected.dtype, expected.shape),
+    }[kind]
+    found = (plan.run({"x": x}, out={"y": out}) if backend == "lockstep" else pool.run({"x": x}, out={"y": out}))["y"]
+    assert found is out and np.array_equal(out, expected)
+    assert not wide[..., 1::2].any()
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda x, y: y, "out is a ndarray; give a dict"),
+    (lambda x, y: {"z": y}, "output 'z' is unknown; the model has y"),
+    (lambda x, y: {"y": y[:, :, 1:]}, "is 1x3x6x11x5; the model makes 1x3x7x11x5"),
+    (lambda x, y: {"y": y.astype(np.float64)}, "is float64; the model takes float32"),
+    (lambda x, y: {"y": np.flip(y, 2)}, "torch cannot write to"),
+    (lambda x, y: {"y": np.broadcast_to(np.float32(0), y.shape)}, "torch cannot write to"),
+    (lambda x, y: {"y": list(y)}, "is a list"),
+    (lambda x, y: {"y": np.lib.stride_tricks.as_strided(x, y.shape)}, "lies where an input lies"),
+])
+def test_arrays_without_room_are_refused(plan: pt.Plan, make: Any, says: str) -> None:
+    x = volume(seed=9)
+    with pytest.raises(pt.PartitionError) as refusal:
+        plan.run({"x": x}, out=make(x, alone(plan, x)))
+    assert says in str(refusal.value)
+
+
 def test_processes_give_the_bits_of_lockstep(plan: pt.Plan, pool: pt.Session) -> None:
     before = [w.pid for w in workers(pool)]
     for seed in range(3):
