@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("time s", "ratio", "memory\nMB", "ratio", "process\nMB", "budget\nMB", "depth-first", "error")
 _LEGEND = (
-    "memory: the peak over the idle process, which holds network, input and room for the output, without what rests in mapped files; "
+    "memory: the peak over the idle process, which holds network, input and room for the output, without what rests "
+    "in mapped files; "
     "process: the same peak from nothing, which a budget is for; ratios to {first}; "
     "depth-first: axis/thickness of the slabs, and in how many chains; "
     "error: max|a-b| / max|b| from float64"
