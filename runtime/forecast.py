@@ -28,6 +28,7 @@ from runtime.program import (
     windows_read,
     windows_written,
 )
+from runtime.volumes.raw import TILE_BYTES
 
 KERNEL = 112 << 10
 """Bytes of a kernel that oneDNN makes for one weight and one geometry, about."""
@@ -250,8 +251,11 @@ class _Books:
             case Finish():
                 self.beside += self._messages(action.exchange)
                 self.release(f"{action.name}/messages")
-            case Store() | Load():
+            case Load():
                 self.beside += self._bytes(action.window)
+            case Store():  # a copy is written while the next slab is computed; a whole shard is copied tile by tile
+                stored = self._bytes(action.window)
+                self.beside += stored if self.program.is_rolled else min(stored, TILE_BYTES)
             case Move():
                 self.copies[action.name] = self.copies.get(action.name, 0) + self._bytes(action.source)
             case Forget() if action.buffer in self.resting:

@@ -342,6 +342,7 @@ class Program:
 
     Args:
         is_strip: whether one process takes all ranks, one after the other wherever they do not meet.
+        is_rolled: whether it goes slab by slab.
     """
 
     rank: int
@@ -351,6 +352,7 @@ class Program:
     weights: dict[str, ir.TensorProtocol]
     steps: tuple[Step, ...]
     is_strip: bool = False
+    is_rolled: bool = False
 
 
 def in_turns(programs: Sequence[Program]) -> list[tuple[int, tuple[int, ...]]]:

@@ -168,7 +168,7 @@ class RankRunner:
             writers[name] = (behind, member)  # pyright: ignore[reportArgumentType]
 
     def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[Sources, Writers]:
-        """Open everything, or tell all ranks that it cannot be."""
+        """Open everything, or tell all ranks that it cannot be; of files that the launcher has made, it can."""
         problem: str | None = None
         sources: Sources = {}
         writers: Writers = {}
@@ -179,8 +179,11 @@ class RankRunner:
             for name, (part, member) in files.outputs.items():
                 writers[name] = (stack.enter_context(open_part(PartFile.from_json(part))), member)
         except PartitionError as error:
+            if files.folder is not None:
+                raise
             problem = str(error)
-        agree(problem)
+        if files.folder is None:
+            agree(problem)
         return sources, writers
 
     def _source(self, name: str, ref: FileRef) -> Source:

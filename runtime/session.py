@@ -38,6 +38,10 @@ from runtime.volumes import ArraySpec, PartFile, Source, create_sink, open_part,
 from runtime.volumes.spool import spooled
 
 
+_SHARED = "/dev/shm"
+"""Where files are memory, on Linux."""
+
+
 @dataclass(frozen=True)
 class RunReport:
     """What a run measured.
@@ -308,15 +312,17 @@ def _put(path: Path, array: Any) -> Path:
 
 
 def _take(part: PartFile, value: ir.Value, out: Any = None) -> torch.Tensor:
-    """A result that the ranks have written, in memory that is given or new; the file goes."""
+    """A result that the ranks have written, in memory that is given, or in that of the file: the file's name goes."""
     ((_, raw),) = part.arrays
     assert value.dtype is not None
-    if out is not None and raw.shape and 0 not in raw.shape:
-        mapped = np.memmap(part.temporary, raw.dtype, "c", raw.offset, raw.shape)
-        return as_tensor(out).copy_(torch.from_numpy(mapped))
-    array = np.fromfile(part.temporary, dtype=raw.dtype, offset=raw.offset).reshape(raw.shape)
-    found = torch.from_numpy(array).to(torch_dtype(value.dtype))
-    return found if out is None else as_tensor(out).copy_(found)
+    dtype = torch_dtype(value.dtype)
+    if 0 in raw.shape:
+        return torch.empty(raw.shape, dtype=dtype) if out is None else as_tensor(out)
+    mapped = torch.from_numpy(np.memmap(part.temporary, raw.dtype, "r+", raw.offset, raw.shape or (1,)))
+    found = mapped.reshape(raw.shape)
+    if out is not None:
+        return as_tensor(out).copy_(found)
+    return found.to(dtype) if str(part.temporary).startswith(_SHARED) else found.to(dtype, copy=True)
 
 
 def _roomy_folder(model: ir.Model) -> str | None:
@@ -324,7 +330,7 @@ def _roomy_folder(model: ir.Model) -> str | None:
     import math
     import shutil
 
-    shared = Path("/dev/shm")
+    shared = Path(_SHARED)
     if not shared.is_dir():
         return None
     sizes = [math.prod(dialect.shape_of(v)) * v.dtype.itemsize

@@ -274,6 +274,8 @@ class MaxPool(Pool):
         return result
 
     def workspace(self, ins: Sequence[float], outs: Sequence[float]) -> float:
+        if self.writes_into:
+            return 0.0
         # torch's max pools compute int64 indices, asked or not; maxima axis by axis leave those of the axes before
         steps = [w.stride for w in self.windows]
         before = sum(math.prod(steps[a:]) for a in range(1, len(steps)))
