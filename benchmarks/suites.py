@@ -17,6 +17,7 @@ OURS = Side("ours", "partitioned")
 WHOLE = Side("whole shards", "partitioned", slabs=False)
 LEAST = Side("least budget", "partitioned", share=0.0)
 RANKS = Side("ours on 2 ranks", "partitioned", "depth=2", "gloo", 2)
+SHARED = Side("ours on 2 ranks, shared memory", "partitioned", "depth=2", "shm", 2)
 EAGER = Side("torch eager", "torch eager")
 CHANNELS_LAST = Side("torch channels last", "torch channels last")
 REUSED = Side("torch channels last (reuse)", "torch channels last", reuse=True)
@@ -68,15 +69,15 @@ def _ahead(eager: float, onnxruntime: float, memory: float) -> tuple[Bar, ...]:
     )
 
 
-def _ranks(extent: int, time: float, more: tuple[Bar, ...] = ()) -> Case:
+def _ranks(extent: int, time: float, shared: float, more: tuple[Bar, ...] = ()) -> Case:
     """Two ranks of one thread beside one process of two, and beside others that split the volume."""
     peers = (JAX, NAIVE, CAREFUL)
-    bars = (Bar("time", RANKS.name, OURS.name, time), *more,
+    bars = (Bar("time", RANKS.name, OURS.name, time), Bar("time", SHARED.name, OURS.name, shared), *more,
             *(Bar("time", RANKS.name, peer.name, 1.0) for peer in peers))
     what = f"{_U_NET}; {extent} x {extent} x {extent} voxels on two ranks"
     whole = (WHOLE,) if more else ()  # ranks take whole shards: memory is compared with what does so too
-    return Case(f"ranks-{extent}", what, BATCH_NETWORK, _cube(extent), (EAGER, OURS, *whole, RANKS, *peers), bars=bars,
-                limits=True)
+    sides = (EAGER, OURS, *whole, RANKS, SHARED, *peers)
+    return Case(f"ranks-{extent}", what, BATCH_NETWORK, _cube(extent), sides, bars=bars, limits=True)
 
 
 def _training(extent: int, bar: float | None) -> Case:
@@ -98,8 +99,8 @@ FULL = Suite(
     (
         _whole(128, _ahead(0.50, 0.55, 0.35), WINDOWS[:1]),
         _whole(256, _ahead(0.45, 0.50, 0.35)),
-        _ranks(64, 1.10),
-        _ranks(128, 1.05, _OPTIMUM),
+        _ranks(64, 1.10, 1.08),
+        _ranks(128, 1.05, 1.03, _OPTIMUM),
         _training(64, 1.30),
         _training(96, 1.15),
     ),
@@ -113,7 +114,7 @@ QUICK = Suite(
              (EAGER, CHANNELS_LAST, COMPILED, ONNXRUNTIME, OURS,
               Side("sliding window, 0.25", "sliding window", window=Window(48, 0.25))),
              limits=True),
-        _ranks(64, 1.10),
+        _ranks(64, 1.10, 1.08),
         _training(48, None),
     ),
 )

@@ -31,6 +31,9 @@ from partitioner.slabs import Rest, find_rests
 SLAB_CALLS = 12
 """Smallest kernels that a step of a slab takes as long as beside its own: it begins in cold caches, on thin tensors."""
 
+SLAB_LOSS = 0.05
+"""By which part the kernels of slabs take longer on several threads: each call ends when the slowest of them does."""
+
 MERGE_CALLS = 8
 """Small kernels that merge one peer's partial result, or one slab's."""
 
@@ -140,7 +143,8 @@ class Work:
         if isinstance(operator, Conv | ConvTranspose) and ins[0] is not None and self._is_sparse(node):
             once = once + self._one("pointwise", 2.0 * ins[0] * _dtype(node.outputs[0]).itemsize)
         if turns.count > 1:
-            once = once + SLAB_CALLS * self.kernels.launch
+            loss = SLAB_LOSS if self.kernels.threads > 1 else 0.0
+            once = (1.0 + loss) * once + SLAB_CALLS * self.kernels.launch
         if turns.count > 1 and self._slides(node.outputs[0]):  # the first slab takes the pages, others find them there
             again = once
             if operator.writes_into and maker is None:

@@ -37,7 +37,6 @@ from runtime.transports.lockstep import Lockstep
 from runtime.volumes import ArraySpec, PartFile, Source, create_sink, open_part, open_source
 from runtime.volumes.spool import spooled
 
-
 _SHARED = "/dev/shm"
 """Where files are memory, on Linux."""
 

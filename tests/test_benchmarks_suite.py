@@ -33,7 +33,7 @@ from benchmarks.report import BEGIN, END
 from benchmarks.results import CaseResult, Results, Sample, SideResult, load
 from benchmarks.runner import Traffic
 from benchmarks.suite import Bar, Case, Side, Suite, example_input
-from benchmarks.suites import COMPILED, EAGER, FULL, JAX, ONNXRUNTIME, OURS, QUICK, RANKS, SUITES, find_suite
+from benchmarks.suites import COMPILED, EAGER, FULL, JAX, ONNXRUNTIME, OURS, QUICK, RANKS, SHARED, SUITES, find_suite
 
 TINY = find_suite("smoke").case("peers")
 
@@ -104,8 +104,8 @@ def test_the_full_suite_has_every_figure_and_every_peer() -> None:
 
 def test_only_the_named_cases_and_peers() -> None:
     chosen = FULL.only(["ranks-64"], [JAX.name]).cases[0]
-    assert [side.name for side in chosen.sides] == [EAGER.name, OURS.name, RANKS.name, JAX.name]
-    assert [bar.of for bar in chosen.bars] == [OURS.name, JAX.name]
+    assert [side.name for side in chosen.sides] == [EAGER.name, OURS.name, RANKS.name, SHARED.name, JAX.name]
+    assert [bar.of for bar in chosen.bars] == [OURS.name, OURS.name, JAX.name]
     assert [case.name for case in find_suite("smoke").only().cases] == ["tiny", "peers"]
 
 
