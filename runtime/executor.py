@@ -14,6 +14,7 @@ import torch
 from partitioner.ops.base import Call, Kernel
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.moments import merge_moments
+from runtime.allocator import give_heap_back
 from runtime.arena import LARGE, Arena
 from runtime.feeds import Drain, Feed, Portion
 from runtime.forecast import forecast
@@ -173,12 +174,14 @@ class _Turn:
     Args:
         releases: buffers that nobody reads after it.
         spare: bytes below the peak, which memory that waits for others may take.
+        tidies: whether the C library is to give back what it holds free: before a chain of strips, which leave gaps.
     """
 
     name: str
     pairs: Sequence[tuple[Shard, Action]]
     releases: Sequence[tuple[Shard, str]]
     spare: int
+    tidies: bool
 
     @cached_property
     def is_nothing(self) -> bool:
@@ -189,10 +192,13 @@ class _Turn:
 def _turns(shards: Sequence[Shard]) -> list[_Turn]:
     programs = [shard.program for shard in shards]
     found: list[_Turn] = []
+    before = 0
     for (number, places), spare in zip(in_turns(programs), forecast(programs).spare, strict=True):
         steps = [(shards[place], programs[place].steps[number]) for place in places]
+        strip = places[0] if programs[0].is_strip else 0
         found.append(_Turn(steps[0][1].action.name, [(shard, step.action) for shard, step in steps],
-                           [(shard, name) for shard, step in steps for name in step.releases], spare))
+                           [(shard, name) for shard, step in steps for name in step.releases], spare, strip < before))
+        before = strip
     return found
 
 
@@ -222,6 +228,8 @@ class Executor:
         with torch.inference_mode():
             for index, turn in enumerate(turns[first:], first + 1):
                 arena.keep(turn.spare)
+                if turn.tidies:
+                    give_heap_back()
                 if not turn.is_nothing:
                     self._act(turn.pairs, feed, drain)
                 for shard, name in turn.releases:
