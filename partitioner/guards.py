@@ -100,14 +100,32 @@ def check_outputs(model: ir.Model, out: Arrays, inputs: Arrays) -> None:
     if not isinstance(out, Mapping):
         raise PartitionError(f"out is a {type(out).__name__}; give a dict from name to array: {', '.join(wanted)}")
     problems = [f"output '{n}' is unknown; the model has {', '.join(wanted)}" for n in out if n not in wanted]
+    taken = {f"input '{name}'": _addresses(array) for name, array in inputs.items()}
     for name, array in out.items():
-        problem = _room_problem(wanted[name], array, inputs) if name in wanted else None
+        if name not in wanted:
+            continue
+        problem = _room_problem(wanted[name], array)
+        if problem is None:
+            here = _addresses(array)
+            others = [n for n, there in taken.items() if here.start < there.stop and there.start < here.stop]
+            problem = f"lies where {others[0]} lies; give it memory of its own" if others else None
+            taken[f"output '{name}'"] = here
         if problem is not None:
             problems.append(f"out: output '{name}' {problem}")
     refuse_all(problems)
 
 
-def _room_problem(value: ir.Value, array: Any, inputs: Arrays) -> str | None:
+def _addresses(array: Any) -> range:
+    """Where an array of host memory lies, from its first byte to its last."""
+    if 0 in array.shape or (is_tensor(array) and array.device.type != "cpu"):
+        return range(0)
+    start, item = (array.data_ptr(), array.element_size()) if is_tensor(array) else (array.ctypes.data, array.itemsize)
+    steps = [s * item for s in array.stride()] if is_tensor(array) else array.strides
+    ends = [(n - 1) * step for n, step in zip(array.shape, steps, strict=True)]
+    return range(start + sum(min(0, e) for e in ends), start + sum(max(0, e) for e in ends) + item)
+
+
+def _room_problem(value: ir.Value, array: Any) -> str | None:
     problem = _array_problem(value, array)
     if problem is not None:
         return problem
@@ -120,8 +138,6 @@ def _room_problem(value: ir.Value, array: Any, inputs: Arrays) -> str | None:
         return "is bfloat16, which only torch can write to; give a torch tensor"
     if not array.flags.writeable or not array.dtype.isnative or any(step < 0 for step in array.strides):
         return "is an array that torch cannot write to; give a new one, as numpy.empty makes it"
-    if any(np.may_share_memory(array, given) for given in inputs.values() if isinstance(given, np.ndarray)):
-        return "lies where an input lies, which is still to be read; give it memory of its own"
     return None
 
 

@@ -37,6 +37,9 @@ SMALL = 64 << 20
 LONGEST_GRAIN = 16
 """Cells of the longest axis that a slab thinner than that takes of small planes at once, at most."""
 
+SPARED = 0.25
+"""Of a slab, which a portion may be thicker so that none is thinner."""
+
 Item = ir.Node | ir.Value
 """What takes a turn: a node, or an input of the model that is read."""
 
@@ -188,6 +191,7 @@ class Chain:
     Attributes:
         extent: cells along the rolled axis per value that has it, those from outside included.
         ends: the values that leave the chain, to rest or as outputs, and those of which partial results are taken.
+        needed: how far every value must come in all; what is behind that is not computed.
     """
 
     def __init__(self, nodes: Sequence[ir.Node], name: str) -> None:
@@ -282,16 +286,16 @@ class Chain:
 
     def _portions(self, demand: Ends, goal: Ends, done: Ends, taken: Ends, thickness: int,
                   grains: Ends) -> Iterator[tuple[Ends, Ends]]:
-        """What is demanded, in portions of about the thickness: the first outputs need many cells of the inputs.
+        """What is demanded, in portions of the thickness: the first outputs need many cells of the inputs.
 
-        What comes from outside advances evenly, everything else as far as its inputs allow, by whole grains.
+        What comes from outside advances by a portion, the last one a little larger rather than thin, everything else as
+        far as its inputs allow, by whole grains.
         """
         sources = [v for v in self.extent if v not in self.made]
         most = max(((demand[v] - done[v]) * self.longest / max(1, self.extent[v]) for v in sources), default=0)
-        count = most / thickness if grains else max(1, round(most / thickness))
         before = done
-        for part in range(1, math.ceil(count)):
-            upto = {v: done[v] + int((demand[v] - done[v]) * part / count) for v in sources}
+        for part in range(1, math.ceil(most / thickness - SPARED)):
+            upto = {v: done[v] + int((demand[v] - done[v]) * part * thickness / most) for v in sources}
             for node in self.nodes:
                 for output in (v for v in node.outputs if v in self.extent):
                     links = [link for link in self.links[node] if link.target is output]

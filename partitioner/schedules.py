@@ -85,7 +85,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
         for candidate in group:
             if smallest is None or candidate.needed < smallest.needed:
                 smallest = candidate
-            if candidate.is_exact and room.holds(candidate):
+            if candidate.is_exact and room.fits(candidate):
                 fitting.append(candidate)
         if fitting:
             return _chosen(min(fitting, key=room.seconds))
@@ -140,7 +140,7 @@ def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model,
     yield from along  # slabs along later axes are not dense in storage
     if not room.budget.together or dialect.get_mesh(whole).size > 1:
         return
-    least, room = math.inf, replace(room, taken=room.taken + STRIPS_RESERVE)
+    least = math.inf
     for strips in _strips(whole, axes):
         found = _strip_candidates(lay_out, axes[0], strips, room)
         yield found
@@ -196,27 +196,24 @@ class _Room:
     taken: int
     shards: int
 
-    def needed(self, memory: Memory) -> int:
+    def needed(self, memory: Memory, schedule: dialect.Schedule | None) -> int:
         """What the process will hold."""
-        return memory.peak * self.shards + memory.weights + self.taken
+        beside = STRIPS_RESERVE if schedule is not None and schedule.strips else 0
+        return memory.peak * self.shards + memory.weights + self.taken + beside
 
     def crowded(self, memory: Memory) -> bool:
         """Whether more rests in memory than may."""
         return self.budget.resting is not None and memory.resting * self.shards > self.budget.resting
 
-    def fits(self, memory: Memory) -> bool:
-        """Whether the budget is kept."""
-        return self.needed(memory) <= self.budget.total and not self.crowded(memory)
-
-    def holds(self, candidate: Candidate) -> bool:
+    def fits(self, candidate: Candidate) -> bool:
         """Whether a plan keeps the budget."""
         return candidate.needed <= self.budget.total and not self.crowded(candidate.memory)
 
     def candidate(self, model: ir.Model, order: DepthFirst | None, programs: Sequence[Program],
                   files: tuple[str, ...] = ()) -> Candidate:
         """A plan, with the schedule that it has now, and what it will take."""
-        memory = forecast(programs, frozenset(files))
-        return Candidate(model, order, dialect.get_schedule(model), files, memory, self.needed(memory))
+        memory, schedule = forecast(programs, frozenset(files)), dialect.get_schedule(model)
+        return Candidate(model, order, schedule, files, memory, self.needed(memory, schedule))
 
     @cached_property
     def profile(self) -> Profile:
@@ -253,17 +250,17 @@ def _candidates(model: ir.Model, order: DepthFirst, room: _Room, thinnest: int =
     for schedule in _thinner(model, order.axis, thinnest):
         one = localise(model, largest_rank(model))
         frugal = room.candidate(model, order, [one], _resting(one))
-        fits = room.fits(frugal.memory)
+        fits = room.fits(frugal)
         if not schedule.strips:
             found = room.candidate(model, order, [one])
-            yield found if room.fits(found.memory) else _with_files(found, [one], room) if fits else frugal
-            if room.fits(found.memory):
+            yield found if room.fits(found) else _with_files(found, [one], room) if fits else frugal
+            if room.fits(found):
                 return
         elif fits:
             programs = programs_of(model)
             found = _with_files(room.candidate(model, order, programs), programs, room)
             yield found
-            if not found.files and room.fits(found.memory):
+            if not found.files and room.fits(found):
                 return
         else:
             yield replace(frugal, is_exact=False)
@@ -278,7 +275,7 @@ def _resting(program: Program) -> tuple[str, ...]:
 
 def _with_files(found: Candidate, programs: Sequence[Program], room: _Room) -> Candidate:
     """The same slabs with as few resting tensors in files as the budget asks for, or as can be."""
-    while not room.fits(found.memory):
+    while not room.fits(found):
         over = [n for n in (found.memory.crowd if room.crowded(found.memory) else found.memory.rests)
                 if n not in found.files]
         if not over:

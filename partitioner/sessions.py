@@ -73,7 +73,7 @@ class Session:
             self.last_run = self._runner.report
         first = next(iter(inputs.values()))
         if is_tensor(first):
-            return {name: room.get(name, tensor.to(first.device)) for name, tensor in results.items()}
+            return {name: room[name] if name in room else tensor.to(first.device) for name, tensor in results.items()}
         from runtime.feeds import to_numpy
 
         return {name: room[name] if name in room else to_numpy(tensor) for name, tensor in results.items()}

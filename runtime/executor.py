@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from partitioner.ops.base import Call, Kernel
+from partitioner.ops.base import Bound, Call
 from partitioner.ops.dtypes import torch_dtype
 from partitioner.ops.kernels.moments import merge_moments
 from runtime.allocator import give_heap_back
@@ -42,6 +43,10 @@ from runtime.transports import Handle, Job, Parcel, Transport
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, name of the step)."""
 
+MOST_BOUND = 4096
+"""Kernels that stay bound from run to run, at 2 KB each: where there are more, each has so much to do that it is bound
+anew."""
+
 
 class Buffers(dict[str, torch.Tensor]):
     """Living buffers by name, and views of them, which slab after slab asks for again."""
@@ -53,7 +58,7 @@ class Buffers(dict[str, torch.Tensor]):
     def view(self, window: Window) -> torch.Tensor:
         """The cells of a window: a view where every axis is one slice, else a copy."""
         buffer = self[window.buffer]
-        if window.fills and buffer.shape == window.shape:
+        if window.fills and buffer.shape == window.box.shape:
             return buffer
         if not window.is_dense:
             return view(buffer, window)
@@ -67,14 +72,29 @@ class Buffers(dict[str, torch.Tensor]):
         self._views.pop(name, None)
         super().__setitem__(name, buffer)
 
-    def release(self, name: str) -> None:
-        """Give up a buffer, if it is there."""
+    def pop(self, name: str, *default: Any) -> Any:
         self._views.pop(name, None)
-        self.pop(name, None)
+        return super().pop(name, *default)
 
     def clear(self) -> None:
         self._views.clear()
         super().clear()
+
+
+class Kernels:
+    """The kernels of the actions of one process, each bound when it is called for the first time."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Compute, Bound]] = {}
+
+    def of(self, action: Compute, call: Call) -> Bound:
+        """The kernel of an action."""
+        known = self._known.get(id(action))
+        if known is None or known[0] is not action:
+            known = action, action.operator.bind(call)
+            if len(self._known) < MOST_BOUND:
+                self._known[id(action)] = known
+        return known[1]
 
 
 @dataclass
@@ -87,19 +107,12 @@ class Shard:
     poison: bool = False
     buffers: Buffers = field(default_factory=Buffers)
     arena: Arena = field(default_factory=Arena)
-    kernels: dict[int, tuple[Compute, Kernel]] = field(default_factory=dict[int, tuple[Compute, Kernel]])
+    kernels: Kernels = field(default_factory=Kernels)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight or a living buffer."""
         found = self.weights.get(name)
         return self.buffers[name] if found is None else found
-
-    def kernel(self, action: Compute, call: Call) -> Kernel:
-        """The kernel of an action, bound when it is called for the first time."""
-        known = self.kernels.get(id(action))
-        if known is None or known[0] is not action:
-            known = self.kernels[id(action)] = action, action.operator.bind(call)
-        return known[1]
 
     def allocate(self, name: str, spec: BufferSpec | None = None) -> torch.Tensor:
         """Bring a buffer into being, or a part of it for a while."""
@@ -163,8 +176,9 @@ def make_shards(programs: Sequence[Program], devices: Sequence[torch.device], po
         if device not in loaded:
             with torch.inference_mode():  # nothing writes to them: kernels may keep them in an order of their own
                 loaded[device] = {n: load_weight(t, device, program.storage) for n, t in program.weights.items()}
-    arena = Arena()
-    return [Shard(p, d, loaded[d], poison, arena=arena) for p, d in zip(programs, devices, strict=True)]
+    arena, kernels = Arena(), Kernels()
+    return [Shard(p, d, loaded[d], poison, arena=arena, kernels=kernels)
+            for p, d in zip(programs, devices, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -233,7 +247,7 @@ class Executor:
                 if not turn.is_nothing:
                     self._act(turn.pairs, feed, drain)
                 for shard, name in turn.releases:
-                    shard.buffers.release(name)
+                    shard.buffers.pop(name, None)
                 if progress is not None:
                     progress(index, len(turns), turn.name)
                 if after is not None and index < len(turns) and not self.under_way:
@@ -359,14 +373,14 @@ def merge(kind: str, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tens
 
 def compute(shard: Shard, action: Compute) -> None:
     """Run one kernel; its result becomes the buffer, or goes into the room that a larger buffer has for it."""
-    if action.is_nothing:
+    if action.is_empty:
         for window in action.writes:
             shard.room(window)
         return
     tensors = tuple([None if w is None else shard.window(w) for w in action.reads])
     into = shard.target(action)
     call = Call(tensors, action.boxes, action.outs, into)
-    results = shard.kernel(action, call)(call)
+    results = shard.kernels.of(action, call)(call)
     for window, result in zip(action.writes, results, strict=False):
         if into is None or window is not action.writes[0]:
             shard.put(window, result)

@@ -66,11 +66,6 @@ class Window:
         return set(map(len, self.slices)) <= {1}
 
     @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Extents of its cells."""
-        return self.box.shape
-
-    @cached_property
     def place(self) -> tuple[int, ...]:
         """The first and last cells of a dense window in its buffer."""
         return tuple([end for (only,) in self.slices for end in (only.start, only.stop)])
@@ -149,7 +144,7 @@ class Compute:
         return tuple([w.box for w in self.writes])
 
     @cached_property
-    def is_nothing(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether no cell is to be computed."""
         return not any(self.outs)
 

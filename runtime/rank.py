@@ -168,7 +168,7 @@ class RankRunner:
             writers[name] = (behind, member)  # pyright: ignore[reportArgumentType]
 
     def _open(self, files: RunFiles, stack: contextlib.ExitStack) -> tuple[Sources, Writers]:
-        """Open everything, or tell all ranks that it cannot be; of files that the launcher has made, it can."""
+        """Open everything, or tell all ranks that it cannot be; files that the launcher has made are there."""
         problem: str | None = None
         sources: Sources = {}
         writers: Writers = {}

@@ -65,7 +65,8 @@ class RolledLocaliser(Localiser):
     def program(self) -> Program:
         """All steps; buffers are as large as they ever are."""
         steps = _with_releases(list(self._actions()), frozenset(self.weights))
-        return Program(self.rank, self.mesh, self.storage, self.specs, self.weights, steps, self.is_strip, True)
+        return Program(self.rank, self.mesh, self.storage, self.specs, self.weights, steps, self.is_strip,
+                       is_rolled=True)
 
     def _buffer(self, value: ir.Value) -> str:
         return self.lifetimes.buffer_of[str(value.name)]

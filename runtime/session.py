@@ -191,7 +191,7 @@ class LockstepRunner:
 
     def close(self) -> None:
         """See `Runner`."""
-        self._executor.shards = ()
+        self._executor = Executor((), self.transport)  # weights go, whoever holds the runner
 
 
 def refuse_strips(model: ir.Model) -> None:

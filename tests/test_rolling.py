@@ -20,7 +20,7 @@ from partitioner.rolling import Chain
 from runtime.executor import Executor, make_shards
 from runtime.feeds import ArrayDrain, ArrayFeed
 from runtime.forecast import forecast
-from runtime.program import localise
+from runtime.program import Compute, localise
 from runtime.transports.lockstep import Lockstep
 from tests.architectures import ARCHITECTURES, AXES, INPUT_NAME, export
 from tests.builder import Style, wide
@@ -130,6 +130,28 @@ def resident(tensor: torch.Tensor) -> int:
     start = ctypes.c_void_p(tensor.untyped_storage().data_ptr())
     assert ctypes.CDLL(None, use_errno=True).mincore(start, ctypes.c_size_t(count * mmap.PAGESIZE), found) == 0
     return sum(page & 1 for page in found) * mmap.PAGESIZE
+
+
+def test_small_planes_go_several_at_a_time() -> None:
+    """In slabs of two, a level of eight times fewer planes takes one turn for four of the finest."""
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"], "fine", pads=[1] * 6),
+             helper.make_node("MaxPool", ["a"], ["b"], "pool", kernel_shape=[4] * 3, strides=[4] * 3),
+             helper.make_node("Conv", ["b", "v"], ["c"], "middle", pads=[1] * 6),
+             helper.make_node("MaxPool", ["c"], ["d"], "last", kernel_shape=[2] * 3, strides=[2] * 3),
+             helper.make_node("Resize", ["d", "", "s"], ["u"], "up", mode="nearest"),
+             helper.make_node("Add", ["a", "u"], ["y"])]
+    weights = {"w": np.ones((2, 2, 3, 3, 3), np.float32) / 50, "v": np.ones((2, 2, 3, 3, 3), np.float32) / 50,
+               "s": np.array([1, 1, 8, 8, 8], np.float32)}
+    x = {"x": np.random.default_rng(0).standard_normal((1, 2, 64, 16, 16), dtype=np.float32)}
+    model = one_graph(nodes, x, weights, {"y": (TensorProto.FLOAT, (1, 2, 64, 16, 16))}, 18)
+    plan = compile_plan(model, None, rolled="depth", thickness=2)
+    turns: dict[str, list[int]] = {}
+    for step in localise(plan, 0).steps:
+        if isinstance(step.action, Compute) and step.action.writes:
+            turns.setdefault(step.action.name, []).append(len(step.action.outs[0].intervals()[2]))
+    assert max(turns["fine"]) == 2 and len(turns["fine"]) <= 33
+    assert max(turns["middle"]) == 2 and len(turns["middle"]) <= 9 and len(turns["last"]) == 8
+    assert close(run_lockstep(plan, x).outputs["y"], run_lockstep(compile_plan(model, None), x).outputs["y"], 1e-6)
 
 
 def test_a_transposed_convolution_makes_whole_groups_of_cells() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 import partitioner as pt
 from partitioner.sessions import KEPT_PLANS
-from runtime import launcher
+from runtime import executor, launcher
 from runtime.session import LockstepRunner, PoolRunner
 from tests.command import (
     Array,
@@ -73,7 +75,8 @@ def test_outputs_are_written_to_given_arrays(plan: pt.Plan, pool: pt.Session, tm
     (lambda x, y: {"y": np.flip(y, 2)}, "torch cannot write to"),
     (lambda x, y: {"y": np.broadcast_to(np.float32(0), y.shape)}, "torch cannot write to"),
     (lambda x, y: {"y": list(y)}, "is a list"),
-    (lambda x, y: {"y": np.lib.stride_tricks.as_strided(x, y.shape)}, "lies where an input lies"),
+    (lambda x, y: {"y": np.lib.stride_tricks.as_strided(x, y.shape)}, "lies where input 'x' lies"),
+    (lambda x, y: {"y": torch.from_numpy(np.lib.stride_tricks.as_strided(x, y.shape))}, "lies where input 'x' lies"),
 ])
 def test_arrays_without_room_are_refused(plan: pt.Plan, make: Any, says: str) -> None:
     x = volume(seed=9)
@@ -237,6 +240,24 @@ def test_nccl_needs_a_gpu_per_rank(plan: pt.Plan, monkeypatch: pytest.MonkeyPatc
         plan.session("nccl")
     with pytest.raises(pt.PartitionError, match="needs a GPU for every rank: 2 ranks, 1 GPUs here; use --backend"):
         plan.session("nccl", device="cuda")
+
+
+def test_a_closed_runner_holds_no_weights(plan: pt.Plan) -> None:
+    """Weights of one plan go before those of the next one come, whoever still holds the runner."""
+    runner = LockstepRunner(plan.model)
+    runner.run_arrays({"x": volume()})
+    weights = [weakref.ref(t) for shard in runner._executor.shards for t in shard.weights.values()]
+    runner.close()
+    gc.collect()
+    assert weights and not any(weight() is not None for weight in weights)
+
+
+def test_more_kernels_than_stay_bound(plan: pt.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "MOST_BOUND", 1)
+    x = volume(seed=4)
+    with plan.session() as session:
+        first, again = (session.run({"x": x})["y"] for _ in range(2))
+    assert np.array_equal(first, alone(plan, x)) and np.array_equal(again, first)
 
 
 def test_threads_are_for_the_run_only(plan: pt.Plan) -> None:

@@ -200,8 +200,8 @@ class Call:
         return found
 
 
-Kernel = Callable[[Call], "tuple[torch.Tensor, ...]"]
-"""Computes the outputs of a call."""
+Bound = Callable[[Call], "tuple[torch.Tensor, ...]"]
+"""Computes the outputs of calls that have the same boxes."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ class Operator(ABC):
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Compute `call.outs` from `call.tensors`; differentiable unless `call.into` is given."""
 
-    def bind(self, call: Call) -> Kernel:
+    def bind(self, call: Call) -> Bound:
         """The kernel for calls like this one: the same boxes, other data; what follows from the boxes is found once.
 
         It computes what `run` does, and falls back to that for calls that differ in more.

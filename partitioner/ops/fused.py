@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from partitioner.geometry import Box, local_slices, span
-from partitioner.ops.base import Call, Kernel, Needs, NodeView, Operator, Unsupported, need_pieces
+from partitioner.ops.base import Bound, Call, Needs, NodeView, Operator, Unsupported, need_pieces
 from partitioner.ops.kernels import onednn
 from partitioner.ops.standard.conv import Conv, ConvTranspose
 from partitioner.ops.standard.norm import BatchNormalization, Normalize
@@ -154,7 +154,7 @@ class Fused(Operator):
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
         return self.bind(call)(call)
 
-    def bind(self, call: Call) -> Kernel:
+    def bind(self, call: Call) -> Bound:
         at_once, out, boxes = _Chain(self, call.boxes, call.outs), call.outs[0], call.boxes
         if not self.in_blocks:
             return lambda call: (at_once.run(call, call.into),)
@@ -227,7 +227,7 @@ class _Chain:
         self._boxes = [tuple(given.box for given in inputs) for inputs in self._inputs]
         self._operators = [part.operator for part in whole.parts]
         self._writes = [operator.writes_into for operator in self._operators]
-        self._kernels: list[Kernel | None] = [None] * len(whole.parts)
+        self._kernels: list[Bound | None] = [None] * len(whole.parts)
         self._is_direct = whole.is_direct
 
     def run(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,6 @@ import shutil
 import socket
 import struct
 import tempfile
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,9 +32,6 @@ from runtime.transports.base import Handle, Job, Parcel, Traffic, as_bytes, piec
 
 _NOTICE = struct.Struct("=cQQ")
 _DATA, _BLOCK, _ACK = b"D", b"B", b"A"
-
-PATIENCE = 0.02
-"""Seconds in which a rank looks for a message before it sleeps."""
 
 SMALLEST = 1 << 14
 """Bytes of a block, at least; others are powers of two."""
@@ -74,7 +70,8 @@ class _Peer:
 
     def receive(self, parcel: Parcel) -> None:
         """Wait for the next message and copy it to its place."""
-        self._await()
+        while not self.arrived:
+            self._listen(wait=True)
         number, nbytes = self.arrived.popleft()
         assert nbytes == parcel.nbytes, f"rank {self.number} sent {nbytes} bytes, not {parcel.nbytes}"
         block, dense = self.theirs[number][:nbytes], as_bytes(parcel)
@@ -84,13 +81,6 @@ class _Peer:
             for view, part in pieces(block, parcel):
                 view.copy_(part)
         self._tell(_ACK, number, 0)
-
-    def _await(self) -> None:
-        """Until a message is there: look for it for a while, for a core that sleeps wakes late, then sleep."""
-        patience = time.monotonic() + PATIENCE
-        while not self.arrived:
-            if not self._listen(wait=time.monotonic() > patience):
-                os.sched_yield()
 
     def _room(self, nbytes: int) -> int:
         """A block that is free and large enough."""

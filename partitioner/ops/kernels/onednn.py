@@ -132,20 +132,8 @@ def _plainly() -> bool:
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
 
-def convolve(data: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, task: Task,
-             into: torch.Tensor | None = None) -> torch.Tensor | None:
-    """A convolution, or None where the library has no fast kernel for it.
-
-    Args:
-        data: that `suits`.
-        into: memory for the result; it is written to directly where it is dense with channels last.
-    """
-    kernel = kernel_for(weight, task)
-    return None if kernel is None else kernel.run(data, bias, into)
-
-
 def kernel_for(weight: torch.Tensor, task: Task) -> Kernel | None:
-    """The kernel for a convolution with these weights, or None where the library has no fast one."""
+    """The kernel for a convolution with these weights of data that `suits`, or None where there is no fast one."""
     if min(task.result) < 1 or weight.dtype != torch.float32 or weight.numel() == 0:
         return None
     if not weight.is_inference():

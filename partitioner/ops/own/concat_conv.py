@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from partitioner.dialect import CONCAT_CONV, DOMAIN
 from partitioner.geometry import Box
-from partitioner.ops.base import Call, Example, Kernel, Needs, NodeView, Unsupported
-from partitioner.ops.kernels import onednn
+from partitioner.ops.base import Call, Example, Needs, NodeView, Unsupported
 from partitioner.ops.registry import register
-from partitioner.ops.standard.conv import Conv
+from partitioner.ops.standard.conv import Conv, Direct
 
 if TYPE_CHECKING:
     import torch
@@ -50,37 +49,15 @@ class ConcatConv(Conv):
     def channels_read(self) -> int:
         return sum(t.shape[1] for t in (self.inputs[1], self.inputs[4]) if t is not None)
 
-    def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        return self._add(call, *self._kernels(call))
-
-    def bind(self, call: Call) -> Kernel:
-        first, second = self._kernels(call)
-        if first is None or second is None:
-            return self.run
-
-        def run(call: Call) -> tuple[torch.Tensor, ...]:
-            serve = (first.serves(call.tensor(0), call.tensor(1)) and second.serves(call.tensor(3), call.tensor(4)))
-            return self._add(call, first, second) if serve else self.run(call)
-
-        return run
-
-    def _kernels(self, call: Call) -> tuple[onednn.Kernel | None, onednn.Kernel | None]:
-        """That of the first part, and the one that adds the second; only both of them."""
+    def direct(self, call: Call) -> Direct | None:
         first = self._part((0, 1, 2)).kernel(_only(call, (0, 1, 2)))
         second = self._part((3, 4), self.slope).kernel(_only(call, (3, 4)), adds=True)
-        return (None, None) if first is None or second is None else (first, second)
+        return None if first is None or second is None else Direct(first, then=Direct(second, (3, 4)))
 
-    def _add(self, call: Call, first: onednn.Kernel | None, second: onednn.Kernel | None) -> tuple[torch.Tensor, ...]:
-        into = call.into
-        if first is not None and second is not None:
-            place = into if into is not None and onednn.is_dense(into) else None
-            result = second.run(call.tensor(3), None, first.run(call.tensor(0), call.optional(2), place))
-        else:
-            (result,) = self._part((0, 1, 2)).run(_only(call, (0, 1, 2)))
-            (more,) = self._part((3, 4)).run(_only(call, (3, 4)))
-            result = result.add_(more)
-            result = result if self.slope is None else functional.leaky_relu_(result, self.slope)
-        return (result if into is None or result is into else into.copy_(result),)
+    def by_torch(self, call: Call) -> torch.Tensor:
+        result, more = (self._part(part).by_torch(_only(call, part)) for part in ((0, 1, 2), (3, 4)))
+        result = result.add_(more)
+        return result if self.slope is None else functional.leaky_relu_(result, self.slope)
 
     def _part(self, numbers: tuple[int, ...], slope: float | None = None) -> Conv:
         """The convolution of one part."""

@@ -14,9 +14,9 @@ from partitioner.geometry import Box
 from partitioner.maps import TransposedWindow, Window, identity
 from partitioner.ops.base import (
     Backward,
+    Bound,
     Call,
     Example,
-    Kernel,
     Need,
     Needs,
     NodeView,
@@ -59,39 +59,61 @@ def _check_ranks(data: TensorType, weight: TensorType) -> None:
 
 
 @dataclass(frozen=True)
+class Direct:
+    """oneDNN's own kernel on some tensors of a call.
+
+    Args:
+        places: those of data, weight and, where there may be one, bias.
+        then: adds to the result what it makes of other tensors.
+    """
+
+    kernel: onednn.Kernel
+    places: tuple[int, ...] = (0, 1, 2)
+    then: Direct | None = None
+
+    def serves(self, call: Call) -> bool:
+        """Whether it can be used for a call with the boxes that it was made for."""
+        data, weight = (call.tensor(place) for place in self.places[:2])
+        return self.kernel.serves(data, weight) and (self.then is None or self.then.serves(call))
+
+    def run(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
+        """The result, into memory that is given."""
+        data, bias = call.tensor(self.places[0]), [call.optional(place) for place in self.places[2:]]
+        if self.then is None:
+            return self.kernel.run(data, bias[0] if bias else None, into)
+        place = into if into is not None and onednn.is_dense(into) else None
+        result = self.then.run(call, self.kernel.run(data, bias[0] if bias else None, place))
+        return result if into is None or result is into else into.copy_(result)
+
+
+@dataclass(frozen=True)
 class Convolution(Operator):
     """A kernel that slides: oneDNN's own where it has one, which writes to the place of the result, else torch's."""
 
     @abstractmethod
-    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
-        """oneDNN's own kernel for a call, if it has one.
+    def direct(self, call: Call) -> Direct | None:
+        """oneDNN's own kernel for a call, if it has one."""
 
-        Args:
-            adds: to what is in the memory that it is given.
-        """
+    @abstractmethod
+    def by_torch(self, call: Call) -> torch.Tensor:
+        """The same by torch's kernels, in new memory."""
 
     @property
     def writes_into(self) -> bool:
         return onednn.makes(self.outputs[0])
 
     def run(self, call: Call) -> tuple[torch.Tensor, ...]:
-        kernel = self.kernel(call)
-        return self._by_torch(call) if kernel is None else (kernel.run(call.tensor(0), call.optional(2), call.into),)
+        direct = self.direct(call)
+        if direct is not None:
+            return (direct.run(call, call.into),)
+        result = self.by_torch(call)
+        return (result if call.into is None else call.into.copy_(result),)
 
-    def bind(self, call: Call) -> Kernel:
-        kernel = self.kernel(call)
-        if kernel is None:
+    def bind(self, call: Call) -> Bound:
+        direct = self.direct(call)
+        if direct is None:
             return self.run
-
-        def run(call: Call) -> tuple[torch.Tensor, ...]:
-            data, weight = call.tensor(0), call.tensor(1)
-            return (kernel.run(data, call.optional(2), call.into),) if kernel.serves(data, weight) else self.run(call)
-
-        return run
-
-    @abstractmethod
-    def _by_torch(self, call: Call) -> tuple[torch.Tensor, ...]:
-        """The same by torch's kernels."""
+        return lambda call: (direct.run(call, call.into),) if direct.serves(call) else self.run(call)
 
 
 @register
@@ -164,7 +186,20 @@ class Conv(Convolution):
         copies = self.outputs[0].itemsize * (cells + results + sum(blocked))
         return np.where(np.asarray(cells) / data.shape[-1] <= _SMALL, copies, 0.0)  # pyright: ignore
 
-    def _by_torch(self, call: Call) -> tuple[torch.Tensor, ...]:
+    def direct(self, call: Call) -> Direct | None:
+        kernel = self.kernel(call)
+        return None if kernel is None else Direct(kernel)
+
+    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
+        """oneDNN's own kernel, which pads either side by itself.
+
+        Args:
+            adds: to what is in the memory that it is given.
+        """
+        padding = self.local_pads(call.box(0), call.outs[0])
+        return _kernel_for(call, self.windows, padding, self.group, self.slope, adds=adds)
+
+    def by_torch(self, call: Call) -> torch.Tensor:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
         borders = [plan_border(w, h, o) for w, h, o in zip(self.windows, held, outs, strict=True)]
         data = pad_explicitly(call.tensor(0), borders, 0.0)
@@ -175,20 +210,7 @@ class Conv(Convolution):
             groups=self.group,
         ))
         result = crop_outputs(result, borders, outs)
-        if self.slope is not None:
-            result = functional.leaky_relu(result, self.slope)
-        return (result if call.into is None else call.into.copy_(result),)
-
-    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
-        if not onednn.suits(call.tensor(0)):
-            return None
-        padding = tuple(self.local_pads(call.box(0), call.outs[0]))  # either side is padded by itself
-        if min(map(min, padding)) < 0:
-            return None
-        return onednn.kernel_for(call.tensor(1), onednn.Task(
-            tuple(call.tensor(0).shape), tuple(call.tensor(1).shape), call.optional(2) is not None,
-            tuple(w.stride for w in self.windows), tuple(w.dilation for w in self.windows), padding, self.group,
-            self.slope, adds=adds))
+        return result if self.slope is None else functional.leaky_relu(result, self.slope)
 
     def local_pads(self, held: Box, out: Box) -> list[tuple[int, int]]:
         """Padding before and after every spatial axis of a local input."""
@@ -276,20 +298,12 @@ class ConvTranspose(Convolution):
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
         return Backward(inputs=(0, 1), workspace=self.outputs[0].itemsize * outs[0])
 
-    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
-        spans = tuple(self._spans(call.box(0), call.outs[0]))  # either side is cropped by itself
-        if not onednn.suits(call.tensor(0)) or min(map(min, spans)) < 0:
-            return None
-        return onednn.kernel_for(call.tensor(1), onednn.Task(
-            tuple(call.tensor(0).shape), tuple(call.tensor(1).shape), call.optional(2) is not None,
-            tuple(w.stride for w in self.windows), tuple(w.dilation for w in self.windows), spans, self.group,
-            transposed=True, adds=adds))
+    def direct(self, call: Call) -> Direct | None:
+        spans = self._spans(call.box(0), call.outs[0])  # either side is cropped by the kernel itself
+        kernel = _kernel_for(call, self.windows, spans, self.group, transposed=True)
+        return None if kernel is None else Direct(kernel)
 
-    def _by_torch(self, call: Call) -> tuple[torch.Tensor, ...]:
-        result = self._run_torch(call)
-        return (result if call.into is None else call.into.copy_(result),)
-
-    def _run_torch(self, call: Call) -> torch.Tensor:
+    def by_torch(self, call: Call) -> torch.Tensor:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
         out = call.outs[0]
         spans = self._spans(call.box(0), out)
@@ -349,6 +363,18 @@ class ConvTranspose(Convolution):
         assert weight is not None
         strides = math.prod(w.stride for w in self.windows)
         return 2.0 * out * weight.shape[0] / self.group * math.prod(weight.shape[2:]) / strides
+
+
+def _kernel_for(call: Call, windows: Sequence[Window | TransposedWindow], padding: Sequence[tuple[int, int]],
+                group: int, slope: float | None = None, transposed: bool = False,
+                adds: bool = False) -> onednn.Kernel | None:
+    """oneDNN's own kernel for a call: see `onednn.Task`."""
+    data, weight = call.tensor(0), call.tensor(1)
+    if not onednn.suits(data) or min(map(min, padding)) < 0:
+        return None
+    return onednn.kernel_for(weight, onednn.Task(
+        tuple(data.shape), tuple(weight.shape), call.optional(2) is not None, tuple(w.stride for w in windows),
+        tuple(w.dilation for w in windows), tuple(padding), group, slope, transposed, adds))
 
 
 def _read_transposed(view: NodeView, extents: Sequence[int], kernel: Sequence[int]) -> tuple[TransposedWindow, ...]:
