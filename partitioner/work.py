@@ -28,10 +28,10 @@ from partitioner.profile import Kernels
 from partitioner.rolling import Turns, count_turns
 from partitioner.slabs import Rest, find_rests
 
-SLAB_CALLS = 12
+SLAB_CALLS = 18
 """Smallest kernels that a step of a slab takes as long as beside its own: it begins in cold caches, on thin tensors."""
 
-SLAB_LOSS = 0.05
+SLAB_LOSS = 0.08
 """By which part the kernels of slabs take longer on several threads: each call ends when the slowest of them does."""
 
 MERGE_CALLS = 8
