@@ -24,11 +24,11 @@ from runtime.program import Program, localise
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
-RESERVE = 20 * 2**20
+RESERVE = 9 * 2**20
 """Bytes that libraries take while they work, and what the allocator cannot hand on."""
 
 STRIPS_RESERVE = 16 * 2**20
-"""Bytes beside them where strips take turns: the programs of all strips, and more gaps between small tensors."""
+"""Bytes beside them where strips take turns: more gaps between small tensors, more plans that were looked at."""
 
 PER_THREAD = 4 * 2**20
 """Bytes of each thread's scratch memory."""

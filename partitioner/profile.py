@@ -84,6 +84,10 @@ class Kernels:
         found = self.launch + np.maximum(np.asarray(flops) / peak, np.asarray(nbytes) / self.bandwidth)
         return np.where(np.asarray(nbytes) > 0, found, 0.0)
 
+    def page_seconds(self, nbytes: Number) -> FloatArray:
+        """What the system takes to give pages to so much memory, where that was measured."""
+        return self.seconds("pages", 0.0, nbytes) if "pages" in self.curves else np.zeros(np.shape(nbytes))
+
     def convolution_seconds(self, family: str, flops: Number, features: Sequence[float], amount: Number,
                             nbytes: Number, dtype: str = "float32") -> FloatArray:
         """Time of one convolution: as measured for float32, else by the roofline.

@@ -7,13 +7,16 @@ add steps and copies, files add traffic, strips across the slabs compute cells n
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import onnx_ir as ir
+import psutil
 
 from partitioner import dialect
 from partitioner.axes import named_axes
@@ -36,6 +39,11 @@ THINNEST_STRIP = 8
 
 THINNEST_SLAB = 4
 """Cells of a slab, at least, where memory asks for no thinner ones: kernels of few cells reach less than forecast."""
+
+SEARCHED = 4 << 10
+"""Bytes of a step of a program that is looked at: what the interpreter keeps after the largest of them."""
+
+_MIB = 2**20
 
 AS_FAST = 1.05
 """Of schedules that take at most so many times the least time, and no more than all at once, the one that holds least
@@ -81,20 +89,17 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
     room = _Room(budget, budget.taken(whole), budget.shards(whole))
     smallest: Candidate | None = None
     for group in _groups(lay_out, axes, room, whole, thinnest):
-        fitting: list[Candidate] = []
-        for candidate in group:
-            if smallest is None or candidate.needed < smallest.needed:
-                smallest = candidate
-            if candidate.is_exact and room.fits(candidate):
-                fitting.append(candidate)
+        candidates = [room.again(candidate) for candidate in list(group)]
+        gc.collect()  # the plans that were laid out point back and forth
+        smallest = min([*candidates, *([smallest] if smallest else [])], key=lambda c: c.needed, default=None)
+        fitting = [candidate for candidate in candidates if candidate.is_exact and room.fits(candidate)]
         if fitting:
             return _chosen(min(fitting, key=room.seconds))
     assert smallest is not None
     if not smallest.is_exact:
         _mark(smallest.model, smallest.schedule, ())
         smallest = room.candidate(smallest.model, smallest.order, programs_of(smallest.model), smallest.files)
-    activations = smallest.memory.peak * budget.shards(smallest.model)
-    needed = smallest.needed + max(0, budget.taken(smallest.model) - room.taken)  # the search itself leaves something
+    activations, needed = smallest.memory.peak * budget.shards(smallest.model), smallest.needed
     raise BudgetError(
         f"memory {memory_text(budget.total)}: this model at these extents needs at least {memory_text(needed)} "
         f"({memory_text(needed - activations)} of it for the process, "
@@ -176,7 +181,7 @@ def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int],
     seen: set[frozenset[str]] = set()
     time, profile = room.time(met), room.profile
     operation = float(time.compute.sum()) / max(1.0, float(plan_cost(met).flops.sum()))
-    for byte in (0.0, 1 / profile.write + 1 / profile.read, 1.0):
+    for byte in (0.0, float(profile.for_threads().page_seconds(_MIB)) / _MIB, 1.0):
         names = points.choose(Prices(operation, byte))
         if names in seen:
             continue
@@ -188,18 +193,31 @@ def _strip_candidates(lay_out: LayOut, axis: str, strips: tuple[tuple[str, int],
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Room:
-    """What a budget leaves for a plan: what is taken already, and how many ranks share the rest."""
+    """What a budget leaves for a plan: what is taken already, and how many ranks share the rest.
+
+    Args:
+        searched: bytes that the search has left behind, which the interpreter has for programs only.
+        there: those of them that an earlier search left, and that are among what is taken.
+    """
 
     budget: Budget
     taken: int
     shards: int
+    searched: int = 0
+    there: int = field(default_factory=lambda: _Room.most)
+    most: ClassVar[int] = 0
 
     def needed(self, memory: Memory, schedule: dialect.Schedule | None) -> int:
         """What the process will hold."""
         beside = STRIPS_RESERVE if schedule is not None and schedule.strips else 0
-        return memory.peak * self.shards + memory.weights + self.taken + beside
+        programs = max(0, max(memory.programs * self.shards, self.searched) - self.there)
+        return memory.peak * self.shards + programs + memory.weights + self.taken + beside
+
+    def again(self, candidate: Candidate) -> Candidate:
+        """A candidate with what it needs after all that has been searched since."""
+        return replace(candidate, needed=self.needed(candidate.memory, candidate.schedule))
 
     def crowded(self, memory: Memory) -> bool:
         """Whether more rests in memory than may."""
@@ -213,6 +231,8 @@ class _Room:
                   files: tuple[str, ...] = ()) -> Candidate:
         """A plan, with the schedule that it has now, and what it will take."""
         memory, schedule = forecast(programs, frozenset(files)), dialect.get_schedule(model)
+        self.searched = max(self.searched, SEARCHED * sum(len(program.steps) for program in programs))
+        _Room.most = max(_Room.most, self.searched)
         return Candidate(model, order, schedule, files, memory, self.needed(memory, schedule))
 
     @cached_property
@@ -225,9 +245,15 @@ class _Room:
         return plan_time(model, plan_cost(model), self.profile, self.budget.transport)
 
     def seconds(self, candidate: Candidate) -> float:
-        """Forecast time, with what goes to files and comes from there."""
-        filed = candidate.memory.filed * (1 / self.profile.write + 1 / self.profile.read)
-        return self.time(_chosen(candidate).model).seconds + filed
+        """Forecast time: files are written while others compute, and read from the system's copy while it keeps one."""
+        filed, profile = candidate.memory.filed, self.profile
+        computing = self.time(_chosen(candidate).model).seconds + float(profile.for_threads().page_seconds(filed))
+        return max(computing, filed / profile.write + (filed / profile.read if filed > self.copied else 0.0))
+
+    @cached_property
+    def copied(self) -> int:
+        """Bytes of files that the system keeps in memory, beside the budget."""
+        return (psutil.virtual_memory().available - self.budget.total) // 2
 
 
 def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Schedule]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.ops.nodes import needs_of
-from partitioner.rolling import rolled_axis
+from partitioner.rolling import order_stages, rolled_axis
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Rest:
 
     Args:
         is_kept: whether any cell is still needed, so that results have a place in a buffer that stays.
-        waits: whether most cells are still needed, as of a skip that waits for the far side of a network.
+        waits: whether most cells are still needed, as of a skip that waits for the far side of a network, or of what
+            another chain reads.
         moved: cells along the rolled axis that move to the buffer's front before the next slab.
     """
 
@@ -32,15 +34,17 @@ def find_rests(model: ir.Model) -> dict[ir.Value, Rest]:
     if schedule is None:
         return {}
     values = (*model.graph.inputs, *(v for node in model.graph for v in node.outputs))
-    return {v: _rest(v, schedule.axis) for v in values if rolled_axis(v, schedule.axis) is not None}
+    stages = order_stages(list(model.graph), schedule.axis, schedule.strips)
+    stage_of = {node: index for index, stage in enumerate(stages) for node in stage.nodes}
+    return {v: _rest(v, schedule.axis, stage_of) for v in values if rolled_axis(v, schedule.axis) is not None}
 
 
-def _rest(value: ir.Value, name: str) -> Rest:
-    axis = rolled_axis(value, name)
+def _rest(value: ir.Value, name: str, stage_of: Mapping[ir.Node, int]) -> Rest:
+    axis, producer = rolled_axis(value, name), value.producer()
     assert axis is not None
     readers = dict.fromkeys(use.node for use in value.uses())
     moved = max((_overlap(node, value, axis, name) for node in readers), default=0)
-    waits = len(readers) > 1
+    waits = len(readers) > 1 or any(producer is not None and stage_of[node] != stage_of[producer] for node in readers)
     return Rest(moved > 0 or waits, waits, 0 if waits else moved)
 
 

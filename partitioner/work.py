@@ -177,7 +177,7 @@ class Work:
             moved = owned * (rest.moved / max(1, turns.extent))
             calls = turns.count * SLAB_CALLS * self.kernels.launch  # to move cells, or to give them back
             return (self._repeated("move", 2.0 * computed, turns.count) + turns.count * self._one("move", 2.0 * moved)
-                    + calls + (self._pages(owned) if rest.waits else 0.0))
+                    + calls + (self.kernels.page_seconds(owned) if rest.waits else 0.0))
         if operator.writes_into or buffer.name == str(value.name):
             return self.zero
         held = bytes_of(buffer.layout, buffer.dtype, self.mesh)
@@ -199,10 +199,6 @@ class Work:
     def _slides(self, value: ir.Value) -> bool:
         """Whether results go to their place in a buffer that is there from the first slab to the last."""
         return value in self.rests and self.rests[value].is_kept and not self.rests[value].waits
-
-    def _pages(self, nbytes: Number) -> FloatArray:
-        """What the system takes to give pages to a buffer that comes and goes with its cells."""
-        return self._one("pages", nbytes) if "pages" in self.kernels.curves else self.zero
 
     def _one(self, kind: str, nbytes: Number) -> FloatArray:
         return self.kernels.seconds(kind, 0.0, nbytes)

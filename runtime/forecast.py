@@ -13,6 +13,7 @@ from runtime.arena import LARGE
 from runtime.places import Life, extent_of
 from runtime.program import (
     Action,
+    BufferSpec,
     Compute,
     Exchange,
     Finish,
@@ -32,6 +33,9 @@ from runtime.volumes.raw import TILE_BYTES
 
 KERNEL = 112 << 10
 """Bytes of a kernel that oneDNN makes for one weight and one geometry, about."""
+
+STEP = 4 << 10
+"""Bytes of a step of a program, with what the executor finds out once of it, about."""
 
 IDLE = 0.125
 """By which part of the peak a region may raise what is held; else tensors take memory one by one."""
@@ -60,6 +64,7 @@ class Memory:
         crowd: those that rest there when most does.
         copies: what is copied though a kernel that writes in place would not.
         turns: bytes alive at once in every turn (`in_turns`).
+        programs: bytes of the programs themselves; thin slabs are many steps.
     """
 
     peak: int
@@ -71,6 +76,7 @@ class Memory:
     crowd: tuple[str, ...]
     copies: tuple[Copy, ...]
     turns: tuple[int, ...] = ()
+    programs: int = 0
 
     @property
     def spare(self) -> tuple[int, ...]:
@@ -108,7 +114,8 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
     filed = sum(sum(found.filed.values()) for found in books)
     copies = _sums([found.copies for found in books])
     return Memory(highest.held, highest.where, highest.most, filed, weights, rests, crowd,
-                  tuple(Copy(name, nbytes) for name, nbytes in copies.items()), tuple(highest.turns))
+                  tuple(Copy(name, nbytes) for name, nbytes in copies.items()), tuple(highest.turns),
+                  STEP * sum(len(program.steps) for program in programs))
 
 
 def _packed(programs: Sequence[Program]) -> int:
@@ -231,6 +238,7 @@ class _Books:
         self.resting: dict[str, int] = {}
         self.filed: dict[str, int] = {}
         self.copies: dict[str, int] = {}
+        self.reached: dict[tuple[str, tuple[tuple[int, int], ...]], int] = {}
         self.beside = self.lives = self.rests = 0
 
     def act(self, action: Action) -> None:
@@ -314,7 +322,7 @@ class _Books:
             self.filed[name] = spec.nbytes
         elif spec.place == "resting":  # pages are there from the first write
             grows = spec.gives_back(self.program.storage)
-            there = self.resting.get(name, 0) + self._bytes(window) if grows else spec.nbytes
+            there = self.resting.get(name, 0) + self._pages(spec, window) if grows else spec.nbytes
             self._rest(name, min(spec.nbytes, there))
         elif window.fills:
             nbytes = 0 if isinstance(action, Compute) and action.operator.is_view else self._bytes(window)
@@ -326,6 +334,17 @@ class _Books:
             self.region.take(self.program.rank, name, spec.nbytes)
         if isinstance(action, Compute) and not window.fills:
             self._copy(action, window)
+
+    def _pages(self, spec: BufferSpec, window: Window) -> int:
+        """Bytes of a resting buffer that a window is the first to write; work in place finds its pages there."""
+        if not window.slices:  # all of it
+            return spec.nbytes
+        along, across = window.slices[spec.axis], (*window.slices[: spec.axis], *window.slices[spec.axis + 1 :])
+        places = (spec.name, tuple((s.start, s.stop) for slices in across for s in slices))
+        before, stop = self.reached.get(places, 0), max(s.stop for s in along)
+        self.reached[places] = max(before, stop)
+        cells = sum(s.stop - s.start for s in along)
+        return math.ceil(self._bytes(window) * min(cells, max(0, stop - before)) / max(1, cells))
 
     def _copy(self, action: Compute, window: Window) -> None:
         """A result that is computed beside its place and copied there."""

@@ -20,9 +20,11 @@ from partitioner.compiler import DepthFirst, compile_plan
 from partitioner.exporter import export_module
 from partitioner.loader import load_model, save_model
 from partitioner.mesh import Mesh
+from partitioner.profile import Profile
+from partitioner.schedules import Candidate, _Room
 from runtime.forecast import forecast
 from runtime.monitor import anonymous_memory
-from runtime.program import Forget, Move, localise
+from runtime.program import Forget, Move, localise, windows_written
 
 SHAPE = (1, 1, 81, 54, 61)
 MIB = 2**20
@@ -130,6 +132,49 @@ def test_steps_that_move_and_forget_are_there(network: Path) -> None:
     dialect.set_schedule(plan, replace(schedule, thickness=(4,) * len(schedule.thickness)))
     actions = {type(step.action) for step in localise(plan, 0).steps}
     assert Move in actions and (Forget in actions) == ("instance" in network.name)
+
+
+def test_pages_of_resting_tensors_are_counted_once(network: Path) -> None:
+    """As many as there are cells that were written, by whatever, and that are not given back yet."""
+    plan = compile_plan(load_model(network), Mesh(()), {"volume": SHAPE}, {}, order=DepthFirst("depth"))
+    schedule = dialect.get_schedule(plan)
+    assert schedule is not None
+    dialect.set_schedule(plan, replace(schedule, thickness=(4,) * len(schedule.thickness)))
+    program = localise(plan, 0)
+    there: dict[str, np.ndarray] = {}
+    most = 0
+    for step in program.steps:
+        for window in windows_written(step.action):
+            spec = program.buffers[window.buffer]
+            if spec.place == "resting":
+                cells = there.setdefault(window.buffer, np.zeros(spec.box.shape, bool))
+                cells[np.ix_(*(np.concatenate([np.r_[s] for s in slices]) for slices in window.slices))] = True
+                if not spec.gives_back(program.storage):
+                    cells[...] = True
+        if isinstance(step.action, Forget) and step.action.buffer in there:
+            assert program.buffers[step.action.buffer].axis == 2
+            there[step.action.buffer][:, :, : step.action.cells.stop] = False
+        most = max(most, 4 * sum(int(cells.sum()) for cells in there.values()))
+        for name in step.releases:
+            there.pop(name, None)
+    assert forecast([program]).resting == pytest.approx(most, rel=0.01)
+
+
+def test_files_are_written_while_others_compute(network: Path) -> None:
+    """They cost time only where the disk takes longer than the kernels, and when the system keeps no copy of them."""
+    plan = compile_plan(load_model(network), Mesh(()), {"volume": SHAPE}, {}, order=DepthFirst("depth"))
+    profile = Profile.find("default")
+    memory = replace(forecast([localise(plan, 0)]), filed=2**30)
+
+    def seconds(budget: int = 2**30, filed: int = 2**30, **speeds: float) -> float:
+        room = _Room(Budget(budget, profile=replace(profile, **speeds)), 0, 1)
+        files = Candidate(plan, None, dialect.get_schedule(plan), (), replace(memory, filed=filed), 0)
+        return room.seconds(files)
+
+    pages = float(profile.for_threads().page_seconds(2**30))
+    assert seconds(write=1e12) == pytest.approx(seconds(filed=0) + pages)
+    assert seconds(write=2**30 / 100) == pytest.approx(100)
+    assert seconds(write=2**30 / 100, read=2**30 / 50, budget=1 << 60) == pytest.approx(150)
 
 
 RUN = "import sys; from partitioner.cli import main; sys.exit(main(sys.argv[1:]))"
