@@ -43,6 +43,9 @@ THINNEST_SLAB = 4
 SEARCHED = 4 << 10
 """Bytes of a step of a program that is looked at: what the interpreter keeps after the largest of them."""
 
+HINDERS = 0.2
+"""Of the time in which files are written, what kernels lose that run meanwhile: they share cores and pages."""
+
 _MIB = 2**20
 
 AS_FAST = 1.05
@@ -92,7 +95,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
         candidates = [room.again(candidate) for candidate in list(group)]
         gc.collect()  # the plans that were laid out point back and forth
         smallest = min([*candidates, *([smallest] if smallest else [])], key=lambda c: c.needed, default=None)
-        fitting = [candidate for candidate in candidates if candidate.is_exact and room.fits(candidate)]
+        fitting = [found for found in map(room.again, room.fitting) if room.fits(found)]
         if fitting:
             return _chosen(min(fitting, key=room.seconds))
     assert smallest is not None
@@ -139,7 +142,7 @@ def _groups(lay_out: LayOut, axes: Sequence[str], room: _Room, whole: ir.Model,
     Args:
         whole: the plan in whole-shard steps.
     """
-    at_once = room.candidate(whole, None, [localise(whole, largest_rank(whole))])
+    at_once = room.offer(room.candidate(whole, None, [localise(whole, largest_rank(whole))]))
     along = (_candidates(lay_out(order), order, room, thinnest) for order in map(DepthFirst, axes))
     yield itertools.chain([at_once], next(along, ()))
     yield from along  # slabs along later axes are not dense in storage
@@ -199,6 +202,7 @@ class _Room:
 
     Args:
         searched: bytes that the search has left behind, which the interpreter has for programs only.
+        fitting: the plans found that keep the budget.
         there: those of them that an earlier search left, and that are among what is taken.
     """
 
@@ -206,6 +210,7 @@ class _Room:
     taken: int
     shards: int
     searched: int = 0
+    fitting: list[Candidate] = field(default_factory=list["Candidate"])
     there: int = field(default_factory=lambda: _Room.most)
     most: ClassVar[int] = 0
 
@@ -218,6 +223,17 @@ class _Room:
     def again(self, candidate: Candidate) -> Candidate:
         """A candidate with what it needs after all that has been searched since."""
         return replace(candidate, needed=self.needed(candidate.memory, candidate.schedule))
+
+    def offer(self, candidate: Candidate) -> Candidate:
+        """Take down a plan that can be executed, if it fits."""
+        if self.fits(candidate):
+            self.fitting.append(candidate)
+        return candidate
+
+    def may_search(self, steps: int) -> bool:
+        """Whether a program of so many steps can be looked at without that none of the plans found fits any more."""
+        later = replace(self, searched=max(self.searched, SEARCHED * steps))
+        return not self.fitting or any(later.fits(later.again(candidate)) for candidate in self.fitting)
 
     def crowded(self, memory: Memory) -> bool:
         """Whether more rests in memory than may."""
@@ -247,8 +263,8 @@ class _Room:
     def seconds(self, candidate: Candidate) -> float:
         """Forecast time: files are written while others compute, and read from the system's copy while it keeps one."""
         filed, profile = candidate.memory.filed, self.profile
-        computing = self.time(_chosen(candidate).model).seconds + float(profile.for_threads().page_seconds(filed))
-        return max(computing, filed / profile.write + (filed / profile.read if filed > self.copied else 0.0))
+        moving = filed / profile.write + (filed / profile.read if filed > self.copied else 0.0)
+        return max(self.time(_chosen(candidate).model).seconds + HINDERS * moving, moving)
 
     @cached_property
     def copied(self) -> int:
@@ -272,19 +288,22 @@ def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Sch
 
 def _candidates(model: ir.Model, order: DepthFirst, room: _Room, thinnest: int = 1) -> Iterator[Candidate]:
     """Thick slabs first, down to where thinner ones need no less or only add steps."""
-    least = math.inf
+    least, steps = math.inf, 0
     for schedule in _thinner(model, order.axis, thinnest):
+        if not room.may_search(2 * steps):  # of half as thick slabs
+            return
         one = localise(model, largest_rank(model))
+        steps = len(one.steps) * (dialect.get_mesh(model).size if schedule.strips else 1)
         frugal = room.candidate(model, order, [one], _resting(one))
         fits = room.fits(frugal)
         if not schedule.strips:
             found = room.candidate(model, order, [one])
-            yield found if room.fits(found) else _with_files(found, [one], room) if fits else frugal
+            yield room.offer(found if room.fits(found) else _with_files(found, [one], room) if fits else frugal)
             if room.fits(found):
                 return
-        elif fits:
+        elif fits and room.may_search(steps):
             programs = programs_of(model)
-            found = _with_files(room.candidate(model, order, programs), programs, room)
+            found = room.offer(_with_files(room.candidate(model, order, programs), programs, room))
             yield found
             if not found.files and room.fits(found):
                 return
