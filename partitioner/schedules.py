@@ -40,7 +40,7 @@ THINNEST_STRIP = 8
 THINNEST_SLAB = 4
 """Cells of a slab, at least, where memory asks for no thinner ones: kernels of few cells reach less than forecast."""
 
-SEARCHED = 4 << 10
+SEARCHED = 7 << 9
 """Bytes of a step of a program that is looked at: what the interpreter keeps after the largest of them."""
 
 HINDERS = 0.2
@@ -95,9 +95,9 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
         candidates = [room.again(candidate) for candidate in list(group)]
         gc.collect()  # the plans that were laid out point back and forth
         smallest = min([*candidates, *([smallest] if smallest else [])], key=lambda c: c.needed, default=None)
-        fitting = [found for found in map(room.again, room.fitting) if room.fits(found)]
+        fitting = [(seconds, found) for seconds, found in room.fitting if room.fits(room.again(found))]
         if fitting:
-            return _chosen(min(fitting, key=room.seconds))
+            return _chosen(room.again(min(fitting, key=lambda each: each[0])[1]))
     assert smallest is not None
     if not smallest.is_exact:
         _mark(smallest.model, smallest.schedule, ())
@@ -202,7 +202,7 @@ class _Room:
 
     Args:
         searched: bytes that the search has left behind, which the interpreter has for programs only.
-        fitting: the plans found that keep the budget.
+        fitting: the plans found that keep the budget, with their forecast times.
         there: those of them that an earlier search left, and that are among what is taken.
     """
 
@@ -210,7 +210,7 @@ class _Room:
     taken: int
     shards: int
     searched: int = 0
-    fitting: list[Candidate] = field(default_factory=list["Candidate"])
+    fitting: list[tuple[float, Candidate]] = field(default_factory=list[tuple[float, Candidate]])
     there: int = field(default_factory=lambda: _Room.most)
     most: ClassVar[int] = 0
 
@@ -227,13 +227,15 @@ class _Room:
     def offer(self, candidate: Candidate) -> Candidate:
         """Take down a plan that can be executed, if it fits."""
         if self.fits(candidate):
-            self.fitting.append(candidate)
+            self.fitting.append((self.seconds(candidate), candidate))
+            _mark(candidate.model, candidate.schedule, ())
         return candidate
 
     def may_search(self, steps: int) -> bool:
-        """Whether a program of so many steps can be looked at without that none of the plans found fits any more."""
+        """Whether a program of so many steps can be looked at without that the fastest plan found fits no more."""
         later = replace(self, searched=max(self.searched, SEARCHED * steps))
-        return not self.fitting or any(later.fits(later.again(candidate)) for candidate in self.fitting)
+        _, fastest = min(self.fitting, key=lambda each: each[0], default=(0.0, None))
+        return fastest is None or later.fits(later.again(fastest))
 
     def crowded(self, memory: Memory) -> bool:
         """Whether more rests in memory than may."""

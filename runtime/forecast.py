@@ -34,7 +34,7 @@ from runtime.volumes.raw import TILE_BYTES
 KERNEL = 112 << 10
 """Bytes of a kernel that oneDNN makes for one weight and one geometry, about."""
 
-STEP = 4 << 10
+STEP = 3 << 10
 """Bytes of a step of a program, with what the executor finds out once of it, about."""
 
 IDLE = 0.125
