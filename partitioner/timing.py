@@ -4,7 +4,8 @@
     communication   the messages of the step, packing included
     wait            until the neighbours that send something have come as far
 
-Of messages that travel while an interior is computed only the time counts by which they come later.
+Of messages that travel while an interior is computed only the time counts by which they come later; and what they take
+of the cores where ranks of one machine share these, which was measured.
 
 Figures are arrays of the mesh's shape, as those of `partitioner.cost`: 4096 ranks cost what 16+16+16 cost.
 """
@@ -195,7 +196,7 @@ class _Clock:
         here, sends = self.transport == LOCKSTEP, self._message_seconds(flight.step)
         begun = self.now if here else np.maximum(before, self._gathered(node, flight.begun))
         takes_part = np.asarray(flight.step.sent + flight.step.received) > 0
-        late = np.where(takes_part, np.maximum(0.0, begun + sends - self.now), 0.0)
+        late = np.where(takes_part, np.maximum(self._worked(flight.step), begun + sends - self.now), 0.0)
         wait = np.where(takes_part, np.clip(begun - self.now, 0.0, late), 0.0)
         unpacking = self._packing(node, 2.0 * flight.step.received)
         steps[flight.place] = StepTime(node, told.name, told.compute + unpacking, late - wait, wait)
@@ -222,15 +223,23 @@ class _Clock:
         self.now = self.now + wait + communication + compute
         return StepTime(node, str(node.name), compute, communication, wait)
 
+    def _worked(self, step: StepCost) -> Number:
+        """What messages take of a machine's cores, which compute at the same time: that is hidden behind nothing."""
+        shared = self.transport in SHARED_CORES and self.profile.links[self.transport].curve is not None
+        return self._sent_seconds(step) if shared else 0.0
+
     def _message_seconds(self, step: StepCost) -> FloatArray:
-        if dialect.is_exchange(step.node) and dialect.joined_exchange(step.node) is not None:
+        found = self._sent_seconds(step)
+        if self.link is None or _is_joined(step.node):
+            return found
+        return np.maximum(found, np.where(step.messages > 0, self.link.seconds(step.sent, 1.0), 0.0))
+
+    def _sent_seconds(self, step: StepCost) -> FloatArray:
+        if _is_joined(step.node):
             whole, empty = (self.profile.message_seconds(n, np.ones(self.mesh.shape), self.transport)
                             for n in (step.sent, self.zero))
             return np.where(step.sent > 0, np.maximum(0.0, whole - empty), 0.0)
-        found = self.profile.message_seconds(step.sent, np.asarray(step.messages, np.float64), self.transport)
-        if self.link is None:
-            return found
-        return np.maximum(found, np.where(step.messages > 0, self.link.seconds(step.sent, 1.0), 0.0))
+        return self.profile.message_seconds(step.sent, np.asarray(step.messages, np.float64), self.transport)
 
     def _gathered(self, node: ir.Node, times: FloatArray) -> FloatArray:
         """When the last of those has come with whom a rank exchanges something."""
@@ -263,6 +272,11 @@ def _split_axes(node: ir.Node) -> Sequence[str]:
     assert source is not None
     pairs = zip(dialect.get_layout(source).axes, dialect.get_layout(target).axes, strict=True)
     return [split.mesh_axis for a, b in pairs if a != b for split in (a, b) if split is not None]
+
+
+def _is_joined(node: ir.Node) -> bool:
+    """Whether an exchange travels in the messages of another one."""
+    return dialect.is_exchange(node) and dialect.joined_exchange(node) is not None
 
 
 def _is_dense(node: ir.Node) -> bool:

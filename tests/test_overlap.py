@@ -367,8 +367,10 @@ def test_time_hides_what_the_interior_covers(latency: float) -> None:
     assert (after.communication <= before.communication).all()
     assert after.compute.min() > before.compute.max()  # more calls
     hidden = float((before.communication - after.communication).max())
-    assert hidden > 0.5 * min(latency, 1e-4)
+    assert hidden >= 0.5 * min(latency, 1e-4)
     assert hidden <= float(after.compute.max())
+    if not latency:  # what messages take of the cores that compute
+        assert hidden == pytest.approx(0.0, abs=1e-9)
     if latency == 0.002:
         assert after.seconds < before.seconds
     here = [plan_time(p, plan_cost(p), profile, "lockstep", 1).communication.sum() for p in (plain, plan)]

@@ -252,7 +252,7 @@ def test_halos_are_deepened_where_the_user_says_so() -> None:
 
 def test_halos_are_deepened_where_messages_cost_more() -> None:
     asked = {"devices": 2, "mesh": "depth=2", "backend": "gloo"}
-    proto = chain((1, 2, 96, 64, 64))
+    proto = chain((1, 2, 32, 64, 64))
     way, plain = (chosen(pt.partition(proto, profile=profile, **asked)) for profile in (linked(1e-3), FREE))
     assert way.form.steering.deepened and "deeper halos" in way.note
     assert int(way.cost.messages.sum()) < int(plain.cost.messages.sum())

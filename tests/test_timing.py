@@ -74,7 +74,8 @@ def test_ranks_wait_for_neighbours_with_more_work_and_for_nobody_else(sources) -
 
 
 def test_depth_first_takes_turns(sources, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.forecast.KERNEL", 0)  # larger than all activations here
+    for what in ("runtime.forecast.KERNEL", "runtime.forecast.STEP", "partitioner.schedules.SEARCHED"):
+        monkeypatch.setattr(what, 0)  # larger than all activations here
     shapes = {"volume": (1, 1, 32, 32, 32)}
     whole = pt.partition(sources["batch"], shapes=shapes).cost
     budget = Budget(2 * whole.weight_bytes + int(0.7 * whole.peak.max()), arrays=False, held=0)

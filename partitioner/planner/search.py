@@ -231,18 +231,23 @@ class Search:
     # --- steering -----------------------------------------------------------------------------
 
     def _steered(self, way: Way) -> list[Way]:
-        """A way and what it becomes by one change after the other, each kept when it gains."""
+        """A way and what it becomes by one change after the other, kept when it gains; interiors first alone too."""
         found = [way]
-        changes = [self._with_other_cuts]
-        if self.goal.optimiser is None:
-            changes += [self._with_replicated_layers, self._with_deeper_halos, self._with_interiors_first]
-        for change in changes:
+        if way.form.mesh.size == 1 or dialect.get_schedule(way.model) is not None:
+            return found
+
+        def change(how: Callable[[Way], Iterator[Way]], ways: Sequence[Way]) -> None:
             best = found[0]
-            if best.form.mesh.size == 1 or dialect.get_schedule(best.model) is not None:
-                break
-            for other in change(best):
+            for other in (other for changed in ways for other in how(changed)):
                 gains = other.seconds < min(GAIN * best.seconds, found[0].seconds)
-                found = [other, *found] if gains else [*found, other]
+                found.insert(0 if gains else len(found), other)
+
+        change(self._with_other_cuts, found[:1])
+        plain = found[0]
+        if self.goal.optimiser is None:
+            change(self._with_replicated_layers, found[:1])
+            change(self._with_deeper_halos, found[:1])
+            change(self._with_interiors_first, [found[0], *([plain] if plain is not found[0] else [])])
         return found
 
     def _changed(self, way: Way, form: Form, what: str) -> Iterator[Way]:
