@@ -5,10 +5,11 @@ Figures are arrays of the mesh's shape, built from per-axis tables: 4096 ranks c
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,11 @@ from partitioner.ops.fused import BLOCK, block_workspace, starts
 from partitioner.ops.nodes import needed_by_part, needed_layout, operator_of
 from partitioner.rolling import Turns, count_turns
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 FloatArray = NDArray[np.float64]
+Step = TypeVar("Step", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,28 @@ class StepCost:
     flops: FloatArray
     live: IntArray
     workspace: IntArray
+
+
+class Shared:
+    """Steps whose equal figures are one array: networks repeat their layers, and many ranks have long arrays."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, bytes], NDArray[Any]] = {}
+
+    def step(self, step: Step) -> Step:
+        """The same step, a dataclass; its arrays are not to be written to."""
+        found = {field.name: getattr(step, field.name) for field in fields(step)}
+        return replace(step, **{n: self._once(a) for n, a in found.items() if isinstance(a, np.ndarray)})
+
+    def _once(self, array: NDArray[Any]) -> NDArray[Any]:
+        if array.size < _LONG:
+            return array
+        digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+        return self._known.setdefault((array.dtype.str, digest), array)
+
+
+_LONG = 256
+"""Ranks from which equal figures are looked for."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +182,13 @@ def plan_cost(model: ir.Model) -> PlanCost:
     live = np.zeros(mesh.shape, dtype=np.int64)
     under_way = np.zeros(mesh.shape, dtype=np.int64)
     steps: list[StepCost] = []
+    shared = Shared()
     for index, node in enumerate(model.graph):
         for name in births.get(index, ()):
             live = live + sizes[name]
         step = _step(node, mesh, lifetimes, live, turns.get(node, Turns()))
-        steps.append(replace(step, live=step.live + under_way, workspace=step.workspace + under_way))
+        step = replace(step, live=step.live + under_way, workspace=step.workspace + under_way)
+        steps.append(shared.step(step))
         if node in posted:
             under_way = under_way + step.sent + step.received
         elif node in lifetimes.overlaps:

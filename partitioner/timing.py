@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.cost import PlanCost, StepCost
+from partitioner.cost import PlanCost, Shared, StepCost
 from partitioner.curves import FloatArray, Number
 from partitioner.garbage import kept_for_later
 from partitioner.interior import Overlap
@@ -153,7 +153,7 @@ class _Clock:
             else:
                 steps.append(self._step(step))
         steps += [self._passed(None, str(v.name), self.work.edge(v)) for v in self.model.graph.outputs]
-        return PlanTime(self.mesh, self.transport, tuple(steps))
+        return PlanTime(self.mesh, self.transport, tuple(map(Shared().step, steps)))
 
     def _step(self, step: StepCost) -> StepTime:
         if dialect.is_communication(step.node):
