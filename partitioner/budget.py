@@ -30,6 +30,9 @@ RESERVE = 9 * 2**20
 STRIPS_RESERVE = 16 * 2**20
 """Bytes beside them where strips take turns: more gaps between small tensors, more plans that were looked at."""
 
+SEARCHED = 7 << 9
+"""Bytes of a step of a program that is looked at, which the interpreter keeps."""
+
 PER_THREAD = 4 * 2**20
 """Bytes of each thread's scratch memory."""
 
@@ -51,9 +54,28 @@ def parse_bytes(given: str | int, what: str = "memory") -> int:
     return found
 
 
+class Searched:
+    """What the interpreter keeps, for programs only, after the largest of those that this process has looked at.
+
+    It is told apart from what the process holds otherwise: programs that are executed go there.
+    """
+
+    nbytes = 0
+
+    @classmethod
+    def after(cls, steps: int) -> int:
+        """What it would be after programs of so many steps."""
+        return max(cls.nbytes, SEARCHED * steps)
+
+    @classmethod
+    def note(cls, steps: int) -> None:
+        """Programs of so many steps were looked at."""
+        cls.nbytes = cls.after(steps)
+
+
 def held_now() -> int:
-    """Bytes that this process holds, and that its libraries will take beside."""
-    return anonymous_memory() + RESERVE + PER_THREAD * torch.get_num_threads()
+    """Bytes that this process holds, but for what searches left, and that its libraries will take beside."""
+    return max(0, anonymous_memory() - Searched.nbytes) + RESERVE + PER_THREAD * torch.get_num_threads()
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
 
 import onnx_ir as ir
 import psutil
 
 from partitioner import dialect
 from partitioner.axes import named_axes
-from partitioner.budget import STRIPS_RESERVE, Budget, largest_rank, memory_text, programs_of
+from partitioner.budget import STRIPS_RESERVE, Budget, Searched, largest_rank, memory_text, programs_of
 from partitioner.compiler import DepthFirst
 from partitioner.cost import plan_cost
 from partitioner.errors import BudgetError
@@ -40,9 +39,6 @@ THINNEST_STRIP = 8
 THINNEST_SLAB = 4
 """Cells of a slab, at least, where memory asks for no thinner ones: kernels of few cells reach less than forecast."""
 
-SEARCHED = 7 << 9
-"""Bytes of a step of a program that is looked at: what the interpreter keeps after the largest of them."""
-
 HINDERS = 0.2
 """Of the time in which files are written, what kernels lose that run meanwhile: they share cores and pages."""
 
@@ -59,7 +55,7 @@ class Candidate:
 
     Args:
         order: how it was laid out; None for whole-shard steps.
-        needed: bytes that the process will hold.
+        needed: bytes that the process will hold; of one that was chosen, with what the search left.
         is_exact: whether all strips were followed, not one for all: then a process needs no less, perhaps more.
     """
 
@@ -92,17 +88,19 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
     room = _Room(budget, budget.taken(whole), budget.shards(whole))
     smallest: Candidate | None = None
     for group in _groups(lay_out, axes, room, whole, thinnest):
-        candidates = [room.again(candidate) for candidate in list(group)]
+        for candidate in group:
+            if smallest is None or candidate.needed < smallest.needed:
+                smallest = candidate
         gc.collect()  # the plans that were laid out point back and forth
-        smallest = min([*candidates, *([smallest] if smallest else [])], key=lambda c: c.needed, default=None)
-        fitting = [(seconds, found) for seconds, found in room.fitting if room.fits(room.again(found))]
+        fitting = [(seconds, found) for seconds, found in room.fitting if room.fits(found)]
         if fitting:
-            return _chosen(room.again(min(fitting, key=lambda each: each[0])[1]))
+            _, best = min(fitting, key=lambda each: each[0])
+            return replace(_chosen(best), needed=room.needed(best))
     assert smallest is not None
     if not smallest.is_exact:
         _mark(smallest.model, smallest.schedule, ())
         smallest = room.candidate(smallest.model, smallest.order, programs_of(smallest.model), smallest.files)
-    activations, needed = smallest.memory.peak * budget.shards(smallest.model), smallest.needed
+    activations, needed = smallest.memory.peak * budget.shards(smallest.model), room.needed(smallest)
     raise BudgetError(
         f"memory {memory_text(budget.total)}: this model at these extents needs at least {memory_text(needed)} "
         f"({memory_text(needed - activations)} of it for the process, "
@@ -201,28 +199,17 @@ class _Room:
     """What a budget leaves for a plan: what is taken already, and how many ranks share the rest.
 
     Args:
-        searched: bytes that the search has left behind, which the interpreter has for programs only.
         fitting: the plans found that keep the budget, with their forecast times.
-        there: those of them that an earlier search left, and that are among what is taken.
     """
 
     budget: Budget
     taken: int
     shards: int
-    searched: int = 0
     fitting: list[tuple[float, Candidate]] = field(default_factory=list[tuple[float, Candidate]])
-    there: int = field(default_factory=lambda: _Room.most)
-    most: ClassVar[int] = 0
 
-    def needed(self, memory: Memory, schedule: dialect.Schedule | None) -> int:
-        """What the process will hold."""
-        beside = STRIPS_RESERVE if schedule is not None and schedule.strips else 0
-        programs = max(0, max(memory.programs * self.shards, self.searched) - self.there)
-        return memory.peak * self.shards + programs + memory.weights + self.taken + beside
-
-    def again(self, candidate: Candidate) -> Candidate:
-        """A candidate with what it needs after all that has been searched since."""
-        return replace(candidate, needed=self.needed(candidate.memory, candidate.schedule))
+    def needed(self, candidate: Candidate, steps: int = 0) -> int:
+        """What the process will hold, with what the search leaves, after programs of so many steps."""
+        return candidate.needed + max(0, Searched.after(steps) - candidate.memory.programs * self.shards)
 
     def offer(self, candidate: Candidate) -> Candidate:
         """Take down a plan that can be executed, if it fits."""
@@ -233,25 +220,25 @@ class _Room:
 
     def may_search(self, steps: int) -> bool:
         """Whether a program of so many steps can be looked at without that the fastest plan found fits no more."""
-        later = replace(self, searched=max(self.searched, SEARCHED * steps))
         _, fastest = min(self.fitting, key=lambda each: each[0], default=(0.0, None))
-        return fastest is None or later.fits(later.again(fastest))
+        return fastest is None or self.fits(fastest, steps)
 
     def crowded(self, memory: Memory) -> bool:
         """Whether more rests in memory than may."""
         return self.budget.resting is not None and memory.resting * self.shards > self.budget.resting
 
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether a plan keeps the budget."""
-        return candidate.needed <= self.budget.total and not self.crowded(candidate.memory)
+    def fits(self, candidate: Candidate, steps: int = 0) -> bool:
+        """Whether a plan keeps the budget, after programs of so many steps were looked at."""
+        return self.needed(candidate, steps) <= self.budget.total and not self.crowded(candidate.memory)
 
     def candidate(self, model: ir.Model, order: DepthFirst | None, programs: Sequence[Program],
                   files: tuple[str, ...] = ()) -> Candidate:
         """A plan, with the schedule that it has now, and what it will take."""
         memory, schedule = forecast(programs, frozenset(files)), dialect.get_schedule(model)
-        self.searched = max(self.searched, SEARCHED * sum(len(program.steps) for program in programs))
-        _Room.most = max(_Room.most, self.searched)
-        return Candidate(model, order, schedule, files, memory, self.needed(memory, schedule))
+        Searched.note(sum(len(program.steps) for program in programs))
+        beside = self.taken + (STRIPS_RESERVE if schedule is not None and schedule.strips else 0)
+        needed = (memory.peak + memory.programs) * self.shards + memory.weights + beside
+        return Candidate(model, order, schedule, files, memory, needed)
 
     @cached_property
     def profile(self) -> Profile:
@@ -270,8 +257,8 @@ class _Room:
 
     @cached_property
     def copied(self) -> int:
-        """Bytes of files that the system keeps in memory, beside the budget."""
-        return (psutil.virtual_memory().available - self.budget.total) // 2
+        """Bytes of files that the system keeps in memory, beside the budget; the same on all ranks of a host."""
+        return (psutil.virtual_memory().total - self.budget.total) // 2
 
 
 def _thinner(model: ir.Model, axis: str, least: int = 1) -> Iterator[dialect.Schedule]:

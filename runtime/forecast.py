@@ -238,7 +238,7 @@ class _Books:
         self.resting: dict[str, int] = {}
         self.filed: dict[str, int] = {}
         self.copies: dict[str, int] = {}
-        self.reached: dict[tuple[str, tuple[tuple[int, int], ...]], int] = {}
+        self.reached: dict[str, dict[tuple[tuple[int, int], ...], int]] = {}
         self.beside = self.lives = self.rests = 0
 
     def act(self, action: Action) -> None:
@@ -307,6 +307,7 @@ class _Books:
         self.region.leave(self.program.rank, name)
         self.lives -= self.alive.pop(name, 0)
         self.rests -= self.resting.pop(name, 0)
+        self.reached.pop(name, None)
 
     def _live(self, name: str, nbytes: int) -> None:
         self.lives += nbytes - self.alive.get(name, 0)
@@ -340,9 +341,10 @@ class _Books:
         if not window.slices:  # all of it
             return spec.nbytes
         along, across = window.slices[spec.axis], (*window.slices[: spec.axis], *window.slices[spec.axis + 1 :])
-        places = (spec.name, tuple((s.start, s.stop) for slices in across for s in slices))
-        before, stop = self.reached.get(places, 0), max(s.stop for s in along)
-        self.reached[places] = max(before, stop)
+        places = tuple((s.start, s.stop) for slices in across for s in slices)
+        reached = self.reached.setdefault(spec.name, {})
+        before, stop = reached.get(places, 0), max(s.stop for s in along)
+        reached[places] = max(before, stop)
         cells = sum(s.stop - s.start for s in along)
         return math.ceil(self._bytes(window) * min(cells, max(0, stop - before)) / max(1, cells))
 

@@ -15,11 +15,13 @@ import torch
 import partitioner as pt
 from benchmarks.models import UNetConfig
 from partitioner import dialect
-from partitioner.budget import Budget, parse_bytes
+from partitioner.budget import Budget, Searched, held_now, parse_bytes
 from partitioner.compiler import DepthFirst, compile_plan
+from partitioner.errors import BudgetError
 from partitioner.exporter import export_module
 from partitioner.loader import load_model, save_model
 from partitioner.mesh import Mesh
+from partitioner.planning import Request, compile_request
 from partitioner.profile import Profile
 from partitioner.schedules import Candidate, _Room
 from runtime.forecast import forecast
@@ -49,6 +51,7 @@ def network(request, tmp_path_factory) -> Path:
 def quiet(monkeypatch) -> None:
     """What this process holds beside does not change within a test."""
     monkeypatch.setattr("partitioner.budget.anonymous_memory", lambda: 100 * MIB)
+    monkeypatch.setattr("partitioner.budget.Searched.nbytes", 0)
 
 
 def smallest(network: Path, **options) -> int:
@@ -160,8 +163,21 @@ def test_pages_of_resting_tensors_are_counted_once(network: Path) -> None:
     assert forecast([program]).resting == pytest.approx(most, rel=0.01)
 
 
+def test_what_a_search_leaves_is_counted_once(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the process was looked at before the first search, as for a folder of cases, or is before each."""
+    def needed(held: int | None) -> int:
+        with pytest.raises(BudgetError) as refusal:
+            compile_request(load_model(network), Request("single", {"volume": SHAPE}, budget=Budget(MIB, held=held)))
+        assert refusal.value.needed is not None
+        return refusal.value.needed
+
+    monkeypatch.setattr("partitioner.budget.anonymous_memory", lambda: 100 * MIB + Searched.nbytes)
+    found = [needed(held) for held in (held_now(), held_now(), None, None)]
+    assert Searched.nbytes > 0 and len(set(found)) == 1
+
+
 def test_files_are_written_while_others_compute(network: Path) -> None:
-    """They cost time only where the disk takes longer than the kernels, and when the system keeps no copy of them."""
+    """They cost a part of the disk's time, all of it where it is longer; the way back where nothing keeps a copy."""
     plan = compile_plan(load_model(network), Mesh(()), {"volume": SHAPE}, {}, order=DepthFirst("depth"))
     profile = Profile.find("default")
     memory = replace(forecast([localise(plan, 0)]), filed=2**30)

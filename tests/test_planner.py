@@ -255,6 +255,9 @@ def test_halos_are_deepened_where_messages_cost_more() -> None:
     proto = chain((1, 2, 32, 64, 64))
     way, plain = (chosen(pt.partition(proto, profile=profile, **asked)) for profile in (linked(1e-3), FREE))
     assert way.form.steering.deepened and "deeper halos" in way.note
+    thick = pt.partition(chain((1, 2, 96, 64, 64)), profile=linked(1e-3), **asked).choice  # interiors hide as much
+    assert thick is not None and not thick.chosen.form.steering.deepened
+    assert any(other.form.steering.deepened and other.seconds >= thick.chosen.seconds for other in thick.others)
     assert int(way.cost.messages.sum()) < int(plain.cost.messages.sum())
     assert not plain.form.steering.deepened and not plain.form.steering.pinned
     small = load_model(as_double(chain((1, 2, 23, 10, 9))))
@@ -316,7 +319,9 @@ def test_what_the_user_decides_stays() -> None:
 
 def test_memory_leads_to_slabs_or_to_a_refusal_with_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("partitioner.planning.held_on", lambda profile: 0)
-    monkeypatch.setattr("runtime.forecast.KERNEL", 0)  # larger than all activations here
+    for what in ("runtime.forecast.KERNEL", "runtime.forecast.STEP", "partitioner.budget.Searched.nbytes",
+                 "partitioner.budget.SEARCHED"):
+        monkeypatch.setattr(what, 0)  # larger than all activations here
     proto = chain((1, 2, 64, 12, 12), 3)
     asked = {"devices": 2, "profile": CPU, "backend": "gloo"}
     plenty = chosen(pt.partition(proto, **asked))

@@ -74,7 +74,8 @@ def test_ranks_wait_for_neighbours_with_more_work_and_for_nobody_else(sources) -
 
 
 def test_depth_first_takes_turns(sources, monkeypatch: pytest.MonkeyPatch) -> None:
-    for what in ("runtime.forecast.KERNEL", "runtime.forecast.STEP", "partitioner.schedules.SEARCHED"):
+    for what in ("runtime.forecast.KERNEL", "runtime.forecast.STEP", "partitioner.budget.Searched.nbytes",
+                 "partitioner.budget.SEARCHED"):
         monkeypatch.setattr(what, 0)  # larger than all activations here
     shapes = {"volume": (1, 1, 32, 32, 32)}
     whole = pt.partition(sources["batch"], shapes=shapes).cost

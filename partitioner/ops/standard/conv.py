@@ -78,11 +78,12 @@ class Direct:
 
     def run(self, call: Call, into: torch.Tensor | None) -> torch.Tensor:
         """The result, into memory that is given."""
-        data, bias = call.tensor(self.places[0]), [call.optional(place) for place in self.places[2:]]
+        data, biases = call.tensor(self.places[0]), [call.optional(place) for place in self.places[2:]]
+        room = into if self.then is None or (into is not None and onednn.is_dense(into)) else None
+        result = self.kernel.run(data, biases[0] if biases else None, room)
         if self.then is None:
-            return self.kernel.run(data, bias[0] if bias else None, into)
-        place = into if into is not None and onednn.is_dense(into) else None
-        result = self.then.run(call, self.kernel.run(data, bias[0] if bias else None, place))
+            return result
+        result = self.then.run(call, result)
         return result if into is None or result is into else into.copy_(result)
 
 
