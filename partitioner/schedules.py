@@ -89,7 +89,7 @@ def fit(lay_out: LayOut, axes: Sequence[str], budget: Budget, thinnest: int = 1)
     smallest: Candidate | None = None
     for group in _groups(lay_out, axes, room, whole, thinnest):
         for candidate in group:
-            if smallest is None or candidate.needed < smallest.needed:
+            if smallest is None or room.needed(candidate) < room.needed(smallest):
                 smallest = candidate
         gc.collect()  # the plans that were laid out point back and forth
         fitting = [(seconds, found) for seconds, found in room.fitting if room.fits(found)]

@@ -33,7 +33,7 @@ from partitioner.planning import Devices, Request
 from partitioner.profile import Link
 from partitioner.timing import plan_time
 from tests.builder import Style
-from tests.command import kernel, model, refused, value, volume, works
+from tests.command import count_tensors_only, kernel, model, refused, value, volume, works
 from tests.oracle import as_double, error, reference64, run_lockstep
 from tests.strategies import Network, networks
 
@@ -319,9 +319,7 @@ def test_what_the_user_decides_stays() -> None:
 
 def test_memory_leads_to_slabs_or_to_a_refusal_with_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("partitioner.planning.held_on", lambda profile: 0)
-    for what in ("runtime.forecast.KERNEL", "runtime.forecast.STEP", "partitioner.budget.Searched.nbytes",
-                 "partitioner.budget.SEARCHED"):
-        monkeypatch.setattr(what, 0)  # larger than all activations here
+    count_tensors_only(monkeypatch)
     proto = chain((1, 2, 64, 12, 12), 3)
     asked = {"devices": 2, "profile": CPU, "backend": "gloo"}
     plenty = chosen(pt.partition(proto, **asked))

@@ -27,7 +27,7 @@ from runtime.memory import allocate_buffer, refill
 from runtime.monitor import anonymous_memory
 from runtime.program import BufferSpec
 from runtime.resume import SavedRun
-from tests.command import refused, works
+from tests.command import count_tensors_only, refused, works
 
 SHAPE = (1, 1, 33, 22, 27)
 REQUEST = {"options": {"tta": None}, "files": {"x.npy": [1, 2]}}
@@ -53,6 +53,7 @@ def plan(made: Path) -> Plan:
     """The model in slabs, as a budget has it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("partitioner.budget.anonymous_memory", lambda: 0)
+        count_tensors_only(patch)
         with pytest.raises(pt.PartitionError, match="needs at least") as refusal:
             pt.partition(made / "net.onnx", shapes={"volume": SHAPE}, memory="1MiB")
         least = float(str(refusal.value).split("at least ")[1].split(" MiB")[0])

@@ -23,6 +23,7 @@ from partitioner.ops.nodes import operator_of
 from partitioner.planning import Request
 from partitioner.slabs import find_rests
 from partitioner.timing import PlanTime, plan_time
+from tests.command import count_tensors_only
 
 PROFILE = pt.Profile.shipped("default")
 
@@ -74,9 +75,7 @@ def test_ranks_wait_for_neighbours_with_more_work_and_for_nobody_else(sources) -
 
 
 def test_depth_first_takes_turns(sources, monkeypatch: pytest.MonkeyPatch) -> None:
-    for what in ("runtime.forecast.KERNEL", "runtime.forecast.STEP", "partitioner.budget.Searched.nbytes",
-                 "partitioner.budget.SEARCHED"):
-        monkeypatch.setattr(what, 0)  # larger than all activations here
+    count_tensors_only(monkeypatch)
     shapes = {"volume": (1, 1, 32, 32, 32)}
     whole = pt.partition(sources["batch"], shapes=shapes).cost
     budget = Budget(2 * whole.weight_bytes + int(0.7 * whole.peak.max()), arrays=False, held=0)
