@@ -114,6 +114,12 @@ def chain(shape: Sequence[int] = SHAPE) -> onnx.ModelProto:
     return one_graph(nodes, volume(shape), weights, {"y": (TensorProto.FLOAT, None)}, 18)
 
 
+def three_convolutions() -> onnx.ModelProto:
+    """Both ranks send before each: whichever begins later, the other waits for every message of its own."""
+    nodes = [helper.make_node("Conv", [a, "w"], [b], pads=[1] * 6) for a, b in (("x", "a"), ("a", "b"), ("b", "y"))]
+    return one_graph(nodes, volume(SHAPE), {"w": random(2, 2, 3, 3, 3)}, {"y": (TensorProto.FLOAT, None)}, 18)
+
+
 def programs(plan: ir.Model) -> list[Program]:
     return [localise(plan, rank) for rank in dialect.get_mesh(plan)]
 
@@ -395,8 +401,10 @@ def test_between_processes() -> None:
             assert session.last_run is not None
             assert [r.sent_bytes for r in session.last_run.ranks] == plain.cost.sent.tolist()
             assert [r.messages for r in session.last_run.ranks] == plain.cost.messages.tolist()
-    link = Link(0.1, 1e6)
-    for chosen in (plain, plan):
+    link, both_ways = Link(0.1, 1e6), three_convolutions()
+    expected = pt.partition(both_ways).run(volume())["y"]
+    for overlap in (False, True):
+        chosen = pt.partition(both_ways, mesh="depth=2", overlap=overlap)
         with chosen.session("gloo", threads=1, link=link) as session:
             found = session.run(volume())["y"]
             assert close(found, expected, 1e-6)
