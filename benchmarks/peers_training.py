@@ -2,7 +2,8 @@
 
     torch eager             the torch module
     partitioned, lock-step  `plan.module()` with all shards in this process
-    partitioned, gloo       a process per shard, started here and told when to take a step
+    partitioned, gloo       a process per shard, started here and told when to take a step; messages over gloo
+    partitioned, shm        the same, messages through shared memory, as is the default on one host
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _MOMENTUM = 0.9
 def opened_training(side: Side, case: Case, threads: int) -> Generator[Runner]:
     """The side's runner, using `threads` threads in all (each process its share).
 
-    One run takes a step and returns all parameters' gradients, in the order of their names.
+    One run takes a step and returns the first step's gradients of all parameters, in the order of their names: later
+    ones belong to weights that differ by their rounding, and to as many steps as a side has time for.
     """
-    if side.own and side.backend == "gloo":
+    if side.own and side.backend in ("gloo", "shm"):
         share = max(1, threads // side.processes)
         with opened_ranks(side.processes, partial(_rank, side, case, share)) as ranks:
             yield _Ranks(ranks)
@@ -51,11 +53,13 @@ class _Here(Runner):
         network: Any = case.network.build()
         self._losses = None
         if side.own:
-            network = pt.partition(network, torch.zeros(case.shape), mesh=side.mesh, train=True).module()
+            plan = pt.partition(network, torch.zeros(case.shape), mesh=side.mesh, train=True)
+            network = plan.module(backend=side.backend if torch.distributed.is_initialized() else None)
             self._losses = pt.losses
         self._module = network.train()
         self._optimiser = torch.optim.SGD(self._module.parameters(), lr=_LEARNING_RATE, momentum=_MOMENTUM)
         self._labels = torch.from_numpy(self._own(example_classes(case))).long()
+        self._first: Array | None = None
 
     def run(self, volume: Array) -> Array:
         """Take a step."""
@@ -72,8 +76,10 @@ class _Here(Runner):
         self._optimiser.step()
         # The graph is let go of here, as a training loop does at its next step.
         del logits, loss
-        named = sorted(self._module.named_parameters())
-        return np.concatenate([p.grad.numpy().reshape(-1) for _, p in named if p.grad is not None])
+        if self._first is None:
+            named = sorted(self._module.named_parameters())
+            self._first = np.concatenate([p.grad.numpy().reshape(-1) for _, p in named if p.grad is not None])
+        return self._first
 
     def own_input(self, volume: Array) -> Array:
         """This rank's part of the volume, so that the whole is held by none."""

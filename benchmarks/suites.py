@@ -36,7 +36,7 @@ SHARDS = (
     Side("2 shards", "partitioned", "depth=2", "gloo", 2),
     Side("4 shards", "partitioned", "depth=2,height=2", "gloo", 4),
 )
-TRAINERS = (EAGER, OURS, RANKS)
+TRAINERS = (EAGER, OURS, RANKS, SHARED)
 TRAINING_RANKS = (
     Side("1 rank", "partitioned", "single", "gloo", 1),
     Side("2 ranks", "partitioned", "depth=2", "gloo", 2),
@@ -81,7 +81,7 @@ def _ranks(extent: int, time: float, shared: float, more: tuple[Bar, ...] = ()) 
 
 
 def _training(extent: int, bar: float | None) -> Case:
-    bars = () if bar is None else (Bar("time", RANKS.name, OURS.name, bar),)
+    bars = () if bar is None else tuple(Bar("time", side.name, OURS.name, bar) for side in (RANKS, SHARED))
     what = f"{_U_NET}; a training step on {extent} x {extent} x {extent} voxels, batch statistics over all ranks"
     return Case(f"train-{extent}", what, BATCH_NETWORK, _cube(extent), TRAINERS, "training", bars=bars, limits=True)
 

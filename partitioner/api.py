@@ -349,7 +349,7 @@ class Plan:
         return Plan.compile(self._source, replace(self._request, mesh=self.mesh, shapes=shapes, cuts=kept))
 
     def module(self, device: str = "cpu", *, checkpoint: bool | None = None, biased_variance: bool = False,
-               global_statistics: bool = False) -> PartitionedModule:
+               global_statistics: bool = False, backend: str | None = None) -> PartitionedModule:
         """The plan as a `torch.nn.Module`, to be trained.
 
         With all shards in this process, or as this rank's part where torch.distributed has been initialised.  Then
@@ -362,10 +362,13 @@ class Plan:
                 default where the planner chose so, for the memory (with `devices` and `train`).
             biased_variance: update running variances with the population's, as ONNX does, not torch's unbiased ones.
             global_statistics: take batch statistics over all copies of the network, not over each by itself.
+            backend: how shards' messages go between processes: by the process group (`gloo`, `nccl`) or by shared
+                memory (`shm`); by default by shared memory where all of a mesh are on one host and compute on the CPU.
 
         Raises:
             PartitionError: when the plan came from a file, the processes are no multiple of the ranks or have
-                different plans, or an operator between a weight and an output has no gradient.
+                different plans, an operator between a weight and an output has no gradient, or messages cannot go
+                by that backend.
         """
         from partitioner.exporter import folded_norms
         from runtime.training.build import build_module
@@ -381,7 +384,7 @@ class Plan:
             step = None if self.choice is None else self.choice.chosen.step
             checkpoint = step is not None and step.checkpoint
         options = Options(biased_variance, checkpoint, global_statistics)
-        return build_module(Network(source, training, evaluation), device, options)
+        return build_module(Network(source, training, evaluation), device, options, backend)
 
     def training_cost(self, checkpoint: bool = False, optimiser: Optimiser = "adam") -> TrainingCost:
         """Memory, bytes, messages and operations of a training step per rank, forecast from the layouts.

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from partitioner.ops.kernels import onednn
+from partitioner.ops.kernels import onednn, onednn_library
 from partitioner.ops.kernels.onednn import Task, kernel_for
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="the package onednn-cpu-gomp is not installed")
@@ -125,7 +125,7 @@ def test_weights_that_cannot_change_are_packed_once_and_go_with_their_tensor() -
 def test_it_can_be_switched_off() -> None:
     code = "from partitioner.ops.kernels import onednn; print(onednn.is_installed(), onednn.is_available())"
     for switch, said in (("off", "False False"), ("/nowhere/libdnnl.so.3", "False False"), (__file__, "True False")):
-        run = subprocess.run([sys.executable, "-c", code], env={**os.environ, onednn.SWITCH: switch},
+        run = subprocess.run([sys.executable, "-c", code], env={**os.environ, onednn_library.SWITCH: switch},
                              capture_output=True, text=True, check=True)
         assert run.stdout.strip() == said
 

@@ -1,4 +1,4 @@
-"""Training in a process group: real processes over gloo, gradients equal to those of the whole network."""
+"""Training in a process group: real processes, gradients equal to those of the whole network."""
 
 from __future__ import annotations
 
@@ -56,6 +56,32 @@ def work(rank: int, path: str, cuts: tuple[int, ...] | None) -> None:
 def test_gradients_are_summed_over_ranks(cuts: tuple[int, ...] | None, tmp_path: Path) -> None:
     path = NETWORKS[NAME].export(tmp_path / "m.onnx", dtype="float64", keep_batch_norm=True)
     in_processes(SIZE, work, str(path), cuts)
+
+
+# --- how messages go ----
+
+
+def by_either(rank: int, path: str) -> None:
+    plan = pt.partition(path, mesh="depth=3")
+    x = passes(1)[0]
+    found: list[dict[str, torch.Tensor]] = []
+    for backend in ("gloo", "shm", None):
+        module = plan.module(backend=backend)
+        (name,) = module.output_names
+        cotangent = torch.linspace(-1, 1, module.cells(name), dtype=torch.float64).view(module.extents(name))
+        (mine,) = module.cut(name, cotangent)
+        (module(x) * mine).sum().backward()
+        found.append(gradients(module))
+    assert all(torch.equal(other[key], grad) for other in found[1:] for key, grad in found[0].items())
+    with pytest.raises(pt.PartitionError, match="backend nccl: the process group is one of gloo; use gloo or shm"):
+        plan.module(backend="nccl")
+    with pytest.raises(pt.PartitionError, match="the backend of rank 2 differs from that of rank 0; give every rank"):
+        plan.module(backend="gloo" if rank == 2 else "shm")
+
+
+def test_the_backend_changes_no_bit(tmp_path: Path) -> None:
+    path = NETWORKS[NAME].export(tmp_path / "m.onnx", dtype="float64", keep_batch_norm=True)
+    in_processes(SIZE, by_either, str(path))
 
 
 # --- a rank that dies ------------------------------------------------------------------------------------

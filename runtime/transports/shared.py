@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 
 from partitioner.errors import ExecutionError, PartitionError
-from runtime.group import GONE, broadcast, gather
+from runtime.group import GONE, TIMEOUT, gather
 from runtime.transports.base import Handle, Job, Parcel, Traffic, as_bytes, pieces
 
 _NOTICE = struct.Struct("=cQQ")
+_SECONDS = struct.Struct("@ll")
 _DATA, _BLOCK, _ACK = b"D", b"B", b"A"
 
 SMALLEST = 1 << 14
@@ -110,7 +111,9 @@ class _Peer:
                 flags = socket.MSG_WAITALL if wait else socket.MSG_DONTWAIT
                 said, beside, _, _ = self.socket.recvmsg(_NOTICE.size, socket.CMSG_LEN(4), flags)
             except BlockingIOError:
-                return False
+                if not wait:
+                    return False
+                raise TimeoutError(f"it has not answered for {TIMEOUT}") from None
             while 0 < len(said) < _NOTICE.size:
                 said += self.socket.recv(_NOTICE.size - len(said))
             if not said:
@@ -154,23 +157,27 @@ class _Flight:
 
 
 class SharedMemory:
-    """Point-to-point messages between processes of one host that are in a process group.
+    """Point-to-point messages between processes of one host; all of the process group make one at the same time.
+
+    Args:
+        processes: which process has which rank; all of the group, in order, when not given.
 
     Raises:
-        PartitionError: on every rank, when the ranks are on several hosts or have no such sockets.
+        PartitionError: on every rank, when the ranks of anyone are on several hosts or have no such sockets.
     """
 
-    def __init__(self) -> None:
-        mine, size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, processes: Sequence[int] | None = None) -> None:
+        processes = processes or range(dist.get_world_size())
+        mine = processes.index(dist.get_rank())
         self.ranks = (mine,)
         self.traffic = Traffic()
-        if len(set(gather((socket.gethostname(), _boot())))) > 1 or not hasattr(socket, "AF_UNIX"):
+        if not on_one_host(processes):
             raise PartitionError("backend shm serves ranks of one host; use --backend gloo")
-        folder = Path(broadcast(tempfile.mkdtemp(prefix="pt-") if mine == 0 else None))
+        folder = tempfile.mkdtemp(prefix="pt-") if mine == 0 else None
         try:
-            self._peers = _connected(folder, mine, size)
+            self._peers = _connected(Path(str(gather(folder)[processes[0]])), mine, len(processes))
         finally:
-            if mine == 0:
+            if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def exchange(self, jobs: Sequence[Job]) -> None:
@@ -184,6 +191,12 @@ class SharedMemory:
             self._peers[parcel.peer].send(parcel)
             self.traffic.count(job.rank, parcel.nbytes)
         return _Flight(tuple((self._peers[parcel.peer], parcel) for parcel in job.receives))
+
+
+def on_one_host(processes: Sequence[int]) -> bool:
+    """Whether these processes can share memory, and so can those that every other process asks for."""
+    hosts = gather((socket.gethostname(), _boot()))
+    return all(gather(len({hosts[p] for p in processes}) == 1 and hasattr(socket, "AF_UNIX")))
 
 
 def _connected(folder: Path, mine: int, size: int) -> dict[int, _Peer]:
@@ -204,6 +217,9 @@ def _connected(folder: Path, mine: int, size: int) -> dict[int, _Peer]:
                 way, _ = door.accept()
                 other = int.from_bytes(way.recv(4, socket.MSG_WAITALL), "little")
                 found[other] = _Peer(other, way)
+        for peer in found.values():
+            patience = _SECONDS.pack(int(TIMEOUT.total_seconds()), 0)
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         gather(None)  # nobody needs the doors any more
     return found
 

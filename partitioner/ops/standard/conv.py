@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -92,8 +92,24 @@ class Convolution(Operator):
     """A kernel that slides: oneDNN's own where it has one, which writes to the place of the result, else torch's."""
 
     @abstractmethod
+    def task(self, call: Call) -> onednn.Task | None:
+        """What oneDNN would have to do for a call; None where it cannot."""
+
     def direct(self, call: Call) -> Direct | None:
         """oneDNN's own kernel for a call, if it has one."""
+        kernel = self.kernel(call)
+        return None if kernel is None else Direct(kernel)
+
+    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
+        """oneDNN's own kernel, which pads either side by itself.
+
+        Args:
+            adds: to what is in the memory that it is given.
+        """
+        if not onednn.suits(call.tensor(0)):
+            return None
+        task = self.task(call)
+        return None if task is None else onednn.kernel_for(call.tensor(1), replace(task, adds=adds))
 
     @abstractmethod
     def by_torch(self, call: Call) -> torch.Tensor:
@@ -107,8 +123,19 @@ class Convolution(Operator):
         direct = self.direct(call)
         if direct is not None:
             return (direct.run(call, call.into),)
-        result = self.by_torch(call)
+        result = self._differentiated(call) if torch.is_grad_enabled() else None
+        if result is None:
+            result = self.by_torch(call)
         return (result if call.into is None else call.into.copy_(result),)
+
+    def _differentiated(self, call: Call) -> torch.Tensor | None:
+        """By oneDNN's own kernels, with a gradient, if it has them for all passes."""
+        from partitioner.ops.kernels import onednn_gradients
+
+        task = self.task(call)
+        if task is None or not onednn_gradients.suits(call.tensor(0), call.tensor(1), task):
+            return None
+        return onednn_gradients.convolution(call.tensor(0), call.tensor(1), call.optional(2), task)
 
     def bind(self, call: Call) -> Bound:
         direct = self.direct(call)
@@ -179,6 +206,8 @@ class Conv(Convolution):
         of 16 channels."""
         data, weight = self.inputs[:2]
         assert data is not None and weight is not None
+        if self.writes_into:
+            return 0.0
         wide = data.rank < 4 or (weight.shape[-1] > 3 and weight.shape[-2] > 3)
         if data.shape[0] > 1 or self.group > 1 or wide:
             return 0.0
@@ -187,18 +216,9 @@ class Conv(Convolution):
         copies = self.outputs[0].itemsize * (cells + results + sum(blocked))
         return np.where(np.asarray(cells) / data.shape[-1] <= _SMALL, copies, 0.0)  # pyright: ignore
 
-    def direct(self, call: Call) -> Direct | None:
-        kernel = self.kernel(call)
-        return None if kernel is None else Direct(kernel)
-
-    def kernel(self, call: Call, adds: bool = False) -> onednn.Kernel | None:
-        """oneDNN's own kernel, which pads either side by itself.
-
-        Args:
-            adds: to what is in the memory that it is given.
-        """
+    def task(self, call: Call) -> onednn.Task | None:
         padding = self.local_pads(call.box(0), call.outs[0])
-        return _kernel_for(call, self.windows, padding, self.group, self.slope, adds=adds)
+        return _task_for(call, self.windows, padding, self.group, self.slope)
 
     def by_torch(self, call: Call) -> torch.Tensor:
         held, outs = call.box(0).intervals()[2:], call.outs[0].intervals()[2:]
@@ -297,12 +317,11 @@ class ConvTranspose(Convolution):
         return 2.0
 
     def backward(self, ins: Sequence[float], outs: Sequence[float]) -> Backward:
-        return Backward(inputs=(0, 1), workspace=self.outputs[0].itemsize * outs[0])
+        return Backward(inputs=(0, 1), workspace=0.0 if self.writes_into else self.outputs[0].itemsize * outs[0])
 
-    def direct(self, call: Call) -> Direct | None:
+    def task(self, call: Call) -> onednn.Task | None:
         spans = self._spans(call.box(0), call.outs[0])  # either side is cropped by the kernel itself
-        kernel = _kernel_for(call, self.windows, spans, self.group, transposed=True)
-        return None if kernel is None else Direct(kernel)
+        return _task_for(call, self.windows, spans, self.group, transposed=True)
 
     def by_torch(self, call: Call) -> torch.Tensor:
         data, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
@@ -366,16 +385,14 @@ class ConvTranspose(Convolution):
         return 2.0 * out * weight.shape[0] / self.group * math.prod(weight.shape[2:]) / strides
 
 
-def _kernel_for(call: Call, windows: Sequence[Window | TransposedWindow], padding: Sequence[tuple[int, int]],
-                group: int, slope: float | None = None, transposed: bool = False,
-                adds: bool = False) -> onednn.Kernel | None:
-    """oneDNN's own kernel for a call: see `onednn.Task`."""
-    data, weight = call.tensor(0), call.tensor(1)
-    if not onednn.suits(data) or min(map(min, padding)) < 0:
+def _task_for(call: Call, windows: Sequence[Window | TransposedWindow], padding: Sequence[tuple[int, int]],
+              group: int, slope: float | None = None, transposed: bool = False) -> onednn.Task | None:
+    """A call in oneDNN's words."""
+    if min(map(min, padding)) < 0:
         return None
-    return onednn.kernel_for(weight, onednn.Task(
-        tuple(data.shape), tuple(weight.shape), call.optional(2) is not None, tuple(w.stride for w in windows),
-        tuple(w.dilation for w in windows), tuple(padding), group, slope, transposed, adds))
+    return onednn.Task(
+        tuple(call.tensor(0).shape), tuple(call.tensor(1).shape), call.optional(2) is not None,
+        tuple(w.stride for w in windows), tuple(w.dilation for w in windows), tuple(padding), group, slope, transposed)
 
 
 def _read_transposed(view: NodeView, extents: Sequence[int], kernel: Sequence[int]) -> tuple[TransposedWindow, ...]:
