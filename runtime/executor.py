@@ -226,7 +226,7 @@ class Executor:
     _known: tuple[Sequence[Program], list[_Turn]] = ((), [])
 
     def run(self, feed: Feed, drain: Drain, progress: Progress | None = None, first: int = 0,
-            after: Callable[[int], None] | None = None) -> None:
+            after: Callable[[int], None] | None = None, watch: Callable[[], None] | None = None) -> None:
         """Run every step once, in the order of `in_turns`.
 
         Args:
@@ -235,6 +235,7 @@ class Executor:
             progress: called after each step.
             first: the turn to begin with, when those before it have been run.
             after: called with the next turn's number after each, unless messages are under way then.
+            watch: called after each step, before its memory is released.
         """
         self.under_way.clear()
         turns, arena = self._order(), self.shards[0].arena
@@ -246,6 +247,8 @@ class Executor:
                     give_heap_back()
                 if not turn.is_nothing:
                     self._act(turn.pairs, feed, drain)
+                    if watch is not None:
+                        watch()
                 for shard, name in turn.releases:
                     shard.buffers.pop(name, None)
                 if progress is not None:

@@ -138,9 +138,9 @@ class RankRunner:
             with PeakMemory(self.device, self._executor.kept) as memory:
                 feed, drain = SharedFeed(sources, boxes, self._counted), FileDrain(writers)
                 if files.saving is None:
-                    self._executor.run(feed, drain, progress)
+                    self._executor.run(feed, drain, progress, watch=memory.sample)
                 else:
-                    self._run_saved(files.saving, feed, drain, progress)
+                    self._run_saved(files.saving, feed, drain, progress, memory)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
@@ -149,12 +149,13 @@ class RankRunner:
                           traffic.messages.get(rank, 0) - before[1].get(rank, 0), memory.rise, seconds,
                           feed.tally.cells)
 
-    def _run_saved(self, saving: Saving, feed: SharedFeed, drain: FileDrain, progress: Progress | None) -> None:
+    def _run_saved(self, saving: Saving, feed: SharedFeed, drain: FileDrain, progress: Progress | None,
+                   memory: PeakMemory) -> None:
         """Go on from where the run was saved, and save it on the way together with the other ranks."""
         ties = Ties(self.place.size, broadcast, gather)
         with claimed(saving.folder):
             saver = Saver(saving, self._executor.shards, feed.tally, drain.settle, self.place.rank, ties)
-            self._executor.run(feed, drain, progress, saver.restore(), saver.after)
+            self._executor.run(feed, drain, progress, saver.restore(), saver.after, memory.sample)
 
     def _overlap(self, sources: Sources, writers: Writers, stack: contextlib.ExitStack, program: Program,
                  first: int) -> None:

@@ -162,7 +162,7 @@ class LockstepRunner:
         start = time.perf_counter()
         with PeakMemory(self._devices[0], self._executor.kept) as memory, cpu_threads(self._options[2]):
             try:
-                guarded(lambda: self._execute(feed, drain, progress, saving))
+                guarded(lambda: self._execute(feed, drain, progress, saving, memory))
             finally:
                 for shard in self._executor.shards:
                     shard.buffers.clear()
@@ -176,13 +176,14 @@ class LockstepRunner:
             for rank in self.transport.ranks)
         self.report = RunReport(ranks, seconds, memory.rise)
 
-    def _execute(self, feed: Feed, drain: Drain, progress: Progress | None, saving: Saving | None) -> None:
+    def _execute(self, feed: Feed, drain: Drain, progress: Progress | None, saving: Saving | None,
+                 memory: PeakMemory) -> None:
         if saving is None or not isinstance(feed, FileFeed) or not isinstance(drain, FileDrain):
-            self._executor.run(feed, drain, progress)
+            self._executor.run(feed, drain, progress, watch=memory.sample)
             return
         with claimed(saving.folder):
             saver = Saver(saving, self._executor.shards, feed.tally, drain.settle)
-            self._executor.run(feed, drain, progress, saver.restore(), saver.after)
+            self._executor.run(feed, drain, progress, saver.restore(), saver.after, memory.sample)
 
     def switch(self, model: ir.Model) -> LockstepRunner:
         """See `Runner`."""

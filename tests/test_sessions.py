@@ -283,7 +283,7 @@ def test_lockstep_survives_an_interruption(plan: pt.Plan) -> None:
 def test_lack_of_memory_is_one_line(plan: pt.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: try")):
-        def fail(*_: object, error: BaseException = error) -> None:
+        def fail(*_: object, error: BaseException = error, **_more: object) -> None:
             raise error
 
         with plan.session() as session:
