@@ -37,6 +37,12 @@ def add_model_options(parser: argparse.ArgumentParser, metavar: str, text: str) 
     add_profile_option(parser)
     parser.add_argument("--pin", metavar="NODE=replicated", action="append", default=[],
                         help="let all ranks compute a node, or all along some mesh axes: NODE=depth,height (repeat)")
+    parser.add_argument("--deepen", metavar="VALUE", action="append", default=[],
+                        help="let ranks compute the halo of a value themselves, so that several layers share one "
+                             "deeper exchange; all: of every value that can be (repeat)")
+    parser.add_argument("--overlap", metavar="EXCHANGE", action="append", default=[],
+                        help="compute what needs no halo while a halo exchange is under way; all: in every one that "
+                             "can (repeat)")
     parser.add_argument("--memory", metavar="SIZE",
                         help="what a process may hold, as 2GiB (with --devices, each of them); the plan is executed "
                              "depth-first, slab by slab, where that needs less")

@@ -171,8 +171,8 @@ def load_plan(options: argparse.Namespace, asked: Asked | None = None,
     cuts = _cuts(options, axis_extents(named_axes(model), {**known, **shapes}))
     dump: str | None = getattr(options, "dump_dir", None)
     folder = None if dump is None else Path(dump)
-    request = Request(options.mesh, shapes, cuts, options.strict, None, Steering(pinned_axes(_pins(options))),
-                      not options.no_slabs)
+    steering = Steering(pinned_axes(_pins(options)), _chosen(options.deepen), _chosen(options.overlap))
+    request = Request(options.mesh, shapes, cuts, options.strict, None, steering, not options.no_slabs)
     if options.devices is not None:
         return Plan.search(model, request, _devices(options), folder, progress)
     tells = {} if getattr(options, "train", None) else {"profile": options.profile}
@@ -201,6 +201,11 @@ def _pins(options: argparse.Namespace) -> dict[str, str]:
     return found
 
 
+def _chosen(names: Sequence[str]) -> frozenset[str] | None:
+    """The names given; None for all."""
+    return None if "all" in names else frozenset(names)
+
+
 def _budget(options: argparse.Namespace) -> Budget | None:
     """The budget of a process: of one rank where ranks are processes, as in a group that has been joined."""
     if options.memory is None and options.host_memory is None:
@@ -221,7 +226,8 @@ def _checked_plan(model: ir.Model, options: argparse.Namespace, given: dict[str,
                              "leave --mesh out, or give the model")
     if options.cuts:
         raise PartitionError(f"{options.model}: is a plan with cuts of its own; give the model to cut it anew")
-    word = next((w for w in ("devices", "profile", "pin", "train") if getattr(options, w, None)), None)
+    late = ("devices", "profile", "pin", "deepen", "overlap", "train")
+    word = next((w for w in late if getattr(options, w, None)), None)
     if word is not None:
         raise PartitionError(f"{options.model}: is a plan, with which --{word} comes too late; give the model")
     if options.memory is not None or options.host_memory is not None or options.no_slabs:

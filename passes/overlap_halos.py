@@ -20,6 +20,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from partitioner import dialect
+from partitioner.errors import refuse_all
 from partitioner.interior import can_overlap
 from passes.base import Check, Pass
 from passes.checks import MET, NO_CHAIN, OVERLAPS, SCHEDULED
@@ -40,6 +41,14 @@ class OverlapHalos(Pass):
     exchanges: Collection[str] | None = None
 
     def apply(self, model: ir.Model) -> None:
+        """Mark them.
+
+        Raises:
+            PartitionError: for a name that no halo exchange has.
+        """
+        known = {node.name for node in model.graph if dialect.is_exchange(node)}
+        refuse_all([f"overlapped exchange '{name}': the network has no halo exchange of this name, as it is laid out; "
+                    "`partition plan` lists the names" for name in sorted(set(self.exchanges or ()) - known)])
         if dialect.get_schedule(model) is not None:
             return
         for overlap in can_overlap(model):

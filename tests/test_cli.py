@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -98,6 +99,19 @@ def test_plan_in_json_is_the_dict_of_the_api(folder: Path) -> None:
     out = succeeds("plan", "unet.onnx", "--mesh", "depth=2,width=2", "--shape", "volume=1x1x13x17x11", "--json")
     plan = pt.partition("unet.onnx", mesh="depth=2,width=2", shapes={"volume": VOLUME})
     assert json.loads(out) == plan.to_dict()
+
+
+@pytest.mark.parametrize("word", ["deepen", "overlap"])
+def test_exchanges_are_deepened_and_overlapped(folder: Path, word: str) -> None:
+    plain = pt.partition("unet.onnx", mesh="depth=2", shapes={"volume": (1, 1, 41, 17, 11)})
+    given = ("plan", "unet.onnx", "--mesh", "depth=2", "--shape", "volume=1x1x41x17x11", f"--{word}")
+    every = json.loads(succeeds(*given, "all", "--json"))
+    wanted: dict[str, Any] = {word: True}
+    assert every == pt.partition("unet.onnx", mesh="depth=2", shapes=plain.input_shapes, **wanted).to_dict()
+    assert every != plain.to_dict()
+    assert "the network has no" in refused(*given, "nothing")
+    plain.save("plan.onnx")
+    assert f"is a plan, with which --{word} comes too late" in refused("plan", "plan.onnx", f"--{word}", "all")
 
 
 def test_many_ranks_are_summed_up(folder: Path) -> None:
