@@ -54,6 +54,18 @@ def test_only_what_is_asked_for(wanted: str) -> None:
         assert (tensor.grad is not None) == tensor.requires_grad, name
 
 
+@pytest.mark.parametrize("extent", [64, 128])
+def test_many_cells_of_one_sign_add_up(extent: int) -> None:
+    """Added one by one, a sum of many loses what is small beside it."""
+    data, weight, bias = torch.ones(1, 1, extent, extent, extent), leaf((16, 1, 1, 1, 1)), leaf((16,))
+    task = Task(tuple(data.shape), (16, 1, 1, 1, 1), True, (1,) * 3, (1,) * 3, ((0, 0),) * 3, 1)
+    assert onednn_gradients.suits(data, weight, task)
+    (0.1 * onednn_gradients.convolution(data, weight, bias, task)).sum().backward()
+    expected = float(torch.tensor(0.1).double()) * extent**3
+    assert bias.grad is not None and float((bias.grad - expected).abs().max()) < 1e-5 * expected
+    assert weight.grad is not None and float((weight.grad - expected).abs().max()) < 1e-4 * expected
+
+
 @pytest.mark.parametrize("order", [(1, 0, 2, 3, 4), (0, 1, 4, 3, 2)])
 def test_a_weight_that_lies_otherwise(order: tuple[int, ...]) -> None:
     """Also one of a larger tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,16 @@ def test_the_bits_of_lockstep_and_the_bytes_foretold(plan: pt.Plan) -> None:
             assert session.last_run is not None
             assert [r.sent_bytes for r in session.last_run.ranks] == same.cost.sent.reshape(-1).tolist()
             assert [r.messages for r in session.last_run.ranks] == same.cost.messages.reshape(-1).tolist()
+
+
+def test_a_long_folder_for_temporary_files(plan: pt.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a socket has room for some hundred characters only."""
+    folder = tmp_path / ("of_a_job_" * 12)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    x = {"volume": np.zeros(SHAPES[0], np.float32)}
+    with plan.session("shm", threads=1) as session:
+        assert np.array_equal(session.run(x)["logits"], plan.run(x)["logits"])
 
 
 def test_a_rank_that_dies(plan: pt.Plan) -> None:

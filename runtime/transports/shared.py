@@ -34,6 +34,9 @@ _NOTICE = struct.Struct("=cQQ")
 _SECONDS = struct.Struct("@ll")
 _DATA, _BLOCK, _ACK = b"D", b"B", b"A"
 
+LONGEST = 70
+"""Bytes of the path of a folder for temporary files, up to which sockets can be in it."""
+
 SMALLEST = 1 << 14
 """Bytes of a block, at least; others are powers of two."""
 
@@ -173,7 +176,7 @@ class SharedMemory:
         self.traffic = Traffic()
         if not on_one_host(processes):
             raise PartitionError("backend shm serves ranks of one host; use --backend gloo")
-        folder = tempfile.mkdtemp(prefix="pt-") if mine == 0 else None
+        folder = _doors() if mine == 0 else None
         try:
             self._peers = _connected(Path(str(gather(folder)[processes[0]])), mine, len(processes))
         finally:
@@ -191,6 +194,12 @@ class SharedMemory:
             self._peers[parcel.peer].send(parcel)
             self.traffic.count(job.rank, parcel.nbytes)
         return _Flight(tuple((self._peers[parcel.peer], parcel) for parcel in job.receives))
+
+
+def _doors() -> str:
+    """A new folder for sockets, whose paths have room for some hundred characters only."""
+    usual = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="pt-", dir=usual if len(os.fsencode(usual)) < LONGEST else "/tmp")
 
 
 def on_one_host(processes: Sequence[int]) -> bool:

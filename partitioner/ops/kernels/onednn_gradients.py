@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from partitioner.ops.kernels.onednn import (
     weight_order,
 )
 from partitioner.ops.kernels.onednn_library import (
-    BIAS,
     SOURCE,
     TARGET,
     WEIGHTS,
@@ -44,7 +42,7 @@ from partitioner.ops.kernels.onednn_library import (
     load,
 )
 
-_BY_SOURCE, _BY_TARGET, _BY_WEIGHTS, _BY_BIAS = 129, 145, 161, 169
+_BY_SOURCE, _BY_TARGET, _BY_WEIGHTS = 129, 145, 161
 _BY_WEIGHTS_LAYOUT = 132
 """Numbers of arguments and of a query in dnnl_types.h."""
 
@@ -116,8 +114,8 @@ class _Passes:
         self._layouts = tensors_of(library, task)
         layout = library.layout_of(self._described, WEIGHTS_LAYOUT)
         self._weight = self._order(layout)
-        open_ = {SOURCE: self._layouts[SOURCE], TARGET: self._layouts[TARGET], WEIGHTS: layout}
-        self._forward = Step(library, self._described, {**open_, **self._only(BIAS)})
+        given = {SOURCE: self._layouts[SOURCE], TARGET: self._layouts[TARGET], WEIGHTS: layout}
+        self._forward = Step(library, self._described, {**given, **self._layouts})
 
     def has(self, by_data: bool, by_weight: bool) -> bool:
         """Whether there are fast passes backward."""
@@ -137,15 +135,13 @@ class _Passes:
         step.run(found, order.packed(weight), grad)
         return found
 
-    def by_weight(self, grad: torch.Tensor, data: torch.Tensor,
-                  weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradients by weight and bias."""
+    def by_weight(self, grad: torch.Tensor, data: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The gradient by the weight."""
         assert self._by_weight is not None
         order, step = self._by_weight
         cells = order.empty()
-        by_bias = [torch.empty(self._task.channels)] if self._task.has_bias else []
-        step.run(data, grad, cells, *by_bias)
-        return order.unpacked(cells, weight), (by_bias[0] if by_bias else None)
+        step.run(data, grad, cells)
+        return order.unpacked(cells, weight)
 
     @functools.cached_property
     def _by_data(self) -> tuple[_Weight, Step] | None:
@@ -167,21 +163,16 @@ class _Passes:
         try:
             described = library.describe(
                 f"{self._task.kind}_backward_weights", ALGORITHMS[self._task.kind], layouts[SOURCE],
-                any_weight(library, self._task), layouts.get(BIAS), layouts[TARGET], *geometry(self._task),
+                any_weight(library, self._task), None, layouts[TARGET], *geometry(self._task),
                 self._described, library.attributes())
         except Unimplemented:
             return None
         layout = library.layout_of(described, _BY_WEIGHTS_LAYOUT)
         return self._order(layout), Step(library, described, {
-            SOURCE: layouts[SOURCE], _BY_TARGET: layouts[TARGET], _BY_WEIGHTS: layout, **self._only(BIAS, _BY_BIAS)})
+            SOURCE: layouts[SOURCE], _BY_TARGET: layouts[TARGET], _BY_WEIGHTS: layout})
 
     def _order(self, layout: Object) -> _Weight:
         return _Weight(self._library, layout, self._library.layout(*weight_order(self._task, self._strides)))
-
-    def _only(self, argument: int, number: int | None = None) -> Mapping[int, Object]:
-        """The layout of an argument, if there is one, under its number or another."""
-        return {number or argument: self._layouts[argument]} if argument in self._layouts else {}
-
 
 @functools.lru_cache(512)
 def _passes(task: Task, strides: tuple[int, ...], threads: int) -> _Passes | None:
@@ -210,12 +201,10 @@ class _Convolution(torch.autograd.Function):
         grad = grad_outputs[0].contiguous(memory_format=last(data))
         passes = _known(ctx.task, weight)
         by_data = passes.by_data(grad, weight) if ctx.needs_input_grad[0] else None
-        by_weight = by_bias = None
-        if ctx.needs_input_grad[1]:
-            by_weight, by_bias = passes.by_weight(grad, data, weight)
-        elif ctx.needs_input_grad[2]:
-            by_bias = grad.sum([a for a in range(grad.dim()) if a != 1])
-        return by_data, by_weight, by_bias if ctx.needs_input_grad[2] else None, None
+        by_weight = passes.by_weight(grad, data, weight) if ctx.needs_input_grad[1] else None
+        # torch adds in a tree, oneDNN one by one: of 10^5 cells of one sign it loses a thousandth
+        by_bias = grad.sum([a for a in range(grad.dim()) if a != 1]) if ctx.needs_input_grad[2] else None
+        return by_data, by_weight, by_bias, None
 
 
 def _known(task: Task, weight: torch.Tensor) -> _Passes:
