@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from types import TracebackType
@@ -13,20 +12,15 @@ import torch
 
 def anonymous_memory() -> int:
     """Resident anonymous memory of this process in bytes; 0 where the system does not tell."""
-    counts = _counts(os.getpid())
-    if counts is None:
-        return 0
-    _, resident, shared, *_ = os.pread(counts, 128, 0).split()
-    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-
-
-@functools.cache
-def _counts(process: int) -> int | None:
-    """A descriptor of the system's page counts of a process (proc_pid_statm(5)), which stays open."""
     try:
-        return os.open(f"/proc/{process}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        counts = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # in pages, see proc_pid_statm(5)
     except OSError:
-        return None
+        return 0
+    try:
+        _, resident, shared, *_ = os.read(counts, 128).split()
+    finally:
+        os.close(counts)
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 class PeakMemory:

@@ -81,6 +81,8 @@ def by_either(rank: int, path: str) -> None:
 
 def test_the_backend_changes_no_bit(tmp_path: Path) -> None:
     path = NETWORKS[NAME].export(tmp_path / "m.onnx", dtype="float64", keep_batch_norm=True)
+    with pytest.raises(pt.PartitionError, match="backend 'smh' is unknown; use gloo, nccl or shm"):
+        pt.partition(path, mesh="depth=3").module(backend="smh")
     in_processes(SIZE, by_either, str(path))
 
 

@@ -29,6 +29,8 @@ def build_module(network: Network, device: str, options: Options, backend: str |
         PartitionError: when the processes are no whole number of meshes or have different plans, the device does
             not exist, or the shards' messages cannot go by that backend.
     """
+    if backend not in (None, "gloo", "nccl", "shm"):
+        raise PartitionError(f"backend '{backend}' is unknown; use gloo, nccl or shm, or leave it out")
     mesh = dialect.get_mesh(network.training)
     if not dist.is_initialized():
         names = device.split(",")
@@ -59,7 +61,7 @@ def _backend(wanted: str | None, group: str, here: torch.device, grid: ProcessGr
     if wanted not in (None, group, "shm"):
         raise PartitionError(f"backend {wanted}: the process group is one of {group}; use {group} or shm")
     if wanted == "shm" and not on_cpu:
-        raise PartitionError(f"backend shm moves the memory of this host, not of device '{here}'; use {group}")
+        raise PartitionError(f"backend shm moves the memory of this host, not of GPUs; use {group}")
     return wanted or ("shm" if alone and on_cpu else group)
 
 

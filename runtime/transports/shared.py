@@ -175,7 +175,7 @@ class SharedMemory:
         self.ranks = (mine,)
         self.traffic = Traffic()
         if not on_one_host(processes):
-            raise PartitionError("backend shm serves ranks of one host; use --backend gloo")
+            raise PartitionError("backend shm serves ranks of one host; use backend gloo")
         folder = _doors() if mine == 0 else None
         try:
             self._peers = _connected(Path(str(gather(folder)[processes[0]])), mine, len(processes))

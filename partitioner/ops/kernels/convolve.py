@@ -3,7 +3,7 @@
 On the CPU torch leaves oneDNN for small slabs (N*C*D*H up to about 20480) and becomes up to 20 times
 slower, with bits that depend on the number of threads; the direct operator does neither.  Of one channel it makes a
 result with channels last only when it is given weights in its own order: 2 to 4 times as fast, in all.  It has no
-gradient; for training, `gradients` has one for small slabs, and others take torch's own.
+gradient; what `onednn_gradients` does not take is trained by `gradients`, or else torch's own.
 
 Half precision, autocast's too, is widened on the CPU: with AMX, oneDNN of torch 2.13 returns wrong numbers for some of
 its convolutions (a stride along a last axis that leaves one output) and crashes in others.

@@ -2,9 +2,9 @@
 
 torch's own way through a convolution of a shard is a long one.  Its kernels pad both sides of an axis alike, so that
 at a cut the result is cropped, and its gradient first copied into a larger tensor of zeros; that has channels first
-is reordered; small batches of one leave oneDNN, or are taken there by further copies.  oneDNN itself pads either side
-by its own amount, and reads and writes channels last.  A step of a 3D U-Net on two ranks of 32x64x64 voxels
-took 0.57 s torch's way and takes 0.42 s this way, on one process of two threads 0.45 s and 0.37 s.
+and has to be reordered; small batches of one leave oneDNN, or are taken there by further copies.  oneDNN itself pads
+either side by its own amount, and reads and writes channels last.  A step of a 3D U-Net on two ranks of 32x64x64
+voxels took 0.57 s torch's way and takes 0.42 s this way, on one process of two threads 0.45 s and 0.37 s.
 
 A first gradient is all that there is: these have no second one.
 """
@@ -55,7 +55,7 @@ def suits(data: torch.Tensor, weight: torch.Tensor, task: Task) -> bool:
         return False
     if data.dtype != torch.float32 or weight.dtype != torch.float32 or min(data.numel(), weight.numel(), 1) < 1:
         return False
-    if min(task.result) < 1 or min(map(min, task.padding)) < 0 or not is_available():
+    if min(task.result) < 1 or not is_available():
         return False
     passes = _passes(task, _strides(weight), torch.get_num_threads())
     return passes is not None and passes.has(data.requires_grad, weight.requires_grad)
@@ -140,39 +140,40 @@ class _Passes:
         assert self._by_weight is not None
         order, step = self._by_weight
         cells = order.empty()
-        step.run(data, grad, cells)
+        step.run(data, cells, grad)
         return order.unpacked(cells, weight)
 
     @functools.cached_property
     def _by_data(self) -> tuple[_Weight, Step] | None:
-        layouts, library = self._layouts, self._library
-        try:
-            described = library.describe(
-                f"{self._task.kind}_backward_data", ALGORITHMS[self._task.kind], layouts[SOURCE],
-                any_weight(library, self._task), layouts[TARGET], *geometry(self._task), self._described,
-                library.attributes())
-        except Unimplemented:
-            return None
-        layout = library.layout_of(described, WEIGHTS_LAYOUT)
-        return self._order(layout), Step(library, described, {
-            _BY_SOURCE: layouts[SOURCE], WEIGHTS: layout, _BY_TARGET: layouts[TARGET]})
+        return self._backward("data", WEIGHTS_LAYOUT, (_BY_SOURCE, WEIGHTS, _BY_TARGET))
 
     @functools.cached_property
     def _by_weight(self) -> tuple[_Weight, Step] | None:
-        layouts, library = self._layouts, self._library
+        return self._backward("weights", _BY_WEIGHTS_LAYOUT, (SOURCE, _BY_WEIGHTS, _BY_TARGET), None)
+
+    def _backward(self, way: str, query: int, numbers: tuple[int, int, int],
+                  *bias: None) -> tuple[_Weight, Step] | None:
+        """A pass backward, and the order of the weight that it takes or makes; None where there is no fast one.
+
+        Args:
+            query: for that order.
+            numbers: of the arguments: data, weight and result, or their gradients.
+            bias: where there may be one, its gradient's layout.
+        """
+        library, task, layouts = self._library, self._task, self._layouts
         try:
             described = library.describe(
-                f"{self._task.kind}_backward_weights", ALGORITHMS[self._task.kind], layouts[SOURCE],
-                any_weight(library, self._task), None, layouts[TARGET], *geometry(self._task),
-                self._described, library.attributes())
+                f"{task.kind}_backward_{way}", ALGORITHMS[task.kind], layouts[SOURCE], any_weight(library, task), *bias,
+                layouts[TARGET], *geometry(task), self._described, library.attributes())
         except Unimplemented:
             return None
-        layout = library.layout_of(described, _BY_WEIGHTS_LAYOUT)
-        return self._order(layout), Step(library, described, {
-            SOURCE: layouts[SOURCE], _BY_TARGET: layouts[TARGET], _BY_WEIGHTS: layout})
+        layout = library.layout_of(described, query)
+        open_ = zip(numbers, (layouts[SOURCE], layout, layouts[TARGET]), strict=True)
+        return self._order(layout), Step(library, described, dict(open_))
 
     def _order(self, layout: Object) -> _Weight:
         return _Weight(self._library, layout, self._library.layout(*weight_order(self._task, self._strides)))
+
 
 @functools.lru_cache(512)
 def _passes(task: Task, strides: tuple[int, ...], threads: int) -> _Passes | None:
