@@ -12,6 +12,7 @@ import onnx_ir.passes.common as library
 
 from partitioner import dialect
 from partitioner.errors import PartitionError
+from partitioner.garbage import kept_for_later
 from partitioner.layout import Cuts
 from partitioner.loader import save_model
 from partitioner.mesh import Mesh
@@ -137,6 +138,7 @@ class Prepared:
     strict: bool
     purpose: Purpose
 
+    @kept_for_later()
     def lay_out(self, mesh: Mesh, cuts: Mapping[str, Cuts] | None = None, order: DepthFirst | None = None,
                 steering: Steering | None = None) -> ir.Model:
         """The plan for a mesh: what `compile_plan` makes of the source.
@@ -145,7 +147,7 @@ class Prepared:
             PartitionError: when the model cannot be kept exact on this mesh.
         """
         passes = standard_pipeline(mesh, self.shapes, cuts or {}, self.strict, self.purpose, order, steering)
-        return passes.run(self.model.clone(), begin=_MESHLESS)
+        return passes.run(self.model.clone(), begin=_MESHLESS, verify="last")
 
 
 _MESHLESS = 1

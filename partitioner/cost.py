@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from partitioner import dialect
-from partitioner.exchange import IntArray, plan_exchange
+from partitioner.exchange import REMEMBERED, IntArray, plan_exchange
 from partitioner.garbage import kept_for_later
 from partitioner.layout import Layout
 from partitioner.lifetime import Buffer, Lifetimes, find_lifetimes
@@ -135,11 +135,7 @@ def _total(figures: Sequence[IntArray], mesh: Mesh) -> IntArray:
 
 def cells(layout: Layout, mesh: Mesh) -> IntArray:
     """Elements that every rank holds of a value; not to be written to."""
-    return _cells(layout, mesh) if mesh.size <= _REMEMBERED else _count_cells(layout, mesh)
-
-
-_REMEMBERED = 1 << 16
-"""Ranks up to which elements are remembered: the values of a plan have few different layouts."""
+    return _cells(layout, mesh) if mesh.size <= REMEMBERED else _count_cells(layout, mesh)
 
 
 @lru_cache(64)

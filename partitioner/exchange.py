@@ -144,7 +144,7 @@ class Exchange:
 
     @cached_property
     def traffic(self) -> Traffic:
-        """Elements sent and received and messages sent, per rank, from per-axis tables alone."""
+        """Elements sent and received and messages sent, per rank, from per-axis tables alone; not to be written to."""
         cells = [self._table(a) for a in range(len(self.owned.shape))]
         flags = [(table > 0).astype(np.int64) for table in cells]
         own_cells, own_flags = self._own(cells), self._own(flags)
@@ -206,6 +206,15 @@ def plan_exchange(mesh: Mesh, owned: Layout, needed: Layout) -> Exchange:
         raise ValueError(f"layouts of different tensors: {owned} and {needed}")
     if not owned.is_partition:
         raise ValueError(f"shards of {owned} overlap or leave cells out")
+    return (_planned if mesh.size <= REMEMBERED else Exchange)(mesh, owned, needed)
+
+
+REMEMBERED = 1 << 16
+"""Ranks up to which figures are remembered: the values of a plan have few different layouts."""
+
+
+@lru_cache(64)
+def _planned(mesh: Mesh, owned: Layout, needed: Layout) -> Exchange:
     return Exchange(mesh, owned, needed)
 
 

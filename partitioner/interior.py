@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import onnx_ir as ir
 
@@ -76,8 +77,8 @@ def _overlap(node: ir.Node, exchanges: Sequence[ir.Node]) -> Overlap | None:
         if split is None or need_axis is None or split.mesh_axis != owned.mesh_axis:
             return None
         cells = inner.get(need_axis, split.parts)
-        inner[need_axis] = tuple(_interior(part, axis_map, own) for part, own in zip(cells, owned.parts, strict=True))
-    parts = tuple(_parts(layout, inner))
+        inner[need_axis] = _interiors(cells, axis_map, owned)
+    parts = _parts(layout, tuple(sorted(inner.items())))
     return Overlap(node, tuple(exchanges), parts) if _has_cells(parts[0]) else None
 
 
@@ -93,6 +94,16 @@ def _dependences(node: ir.Node, exchanges: Sequence[ir.Node]) -> Iterator[tuple[
             for need, owned in zip(needs or (), dialect.get_layout(source).axes, strict=needs is not None):
                 if owned is not None:
                     yield need.axis, need.map, owned
+
+
+_KEPT = 1 << 10
+"""Answers that are remembered: layers repeat."""
+
+
+@lru_cache(_KEPT)
+def _interiors(parts: tuple[Pieces, ...], axis_map: AxisMap, owned: AxisLayout) -> tuple[Pieces, ...]:
+    """Of every coordinate's part the interior."""
+    return tuple(_interior(part, axis_map, own) for part, own in zip(parts, owned.parts, strict=True))
 
 
 def _interior(part: Pieces, axis_map: AxisMap, owned: Pieces) -> Pieces:
@@ -118,17 +129,17 @@ def _runs(piece: Interval, is_met: Callable[[Interval], bool]) -> Iterator[Inter
     yield Interval(start, stop)
 
 
-def _parts(layout: Layout, inner: dict[int, tuple[Pieces, ...]]) -> Iterator[Layout]:
+@lru_cache(_KEPT)
+def _parts(layout: Layout, inner: tuple[tuple[int, tuple[Pieces, ...]], ...]) -> tuple[Layout, ...]:
     """The interior, then what is before and after it along one axis after the other, if any rank has cells there."""
     rest, boundary = layout, list[Layout]()
-    for axis, cells in sorted(inner.items()):
+    for axis, cells in inner:
         split = layout.axes[axis]
         assert split is not None
         sides = [_sides(part, inside) for part, inside in zip(split.parts, cells, strict=True)]
         boundary += [rest.with_axis(axis, AxisLayout(split.mesh_axis, side)) for side in zip(*sides, strict=True)]
         rest = rest.with_axis(axis, AxisLayout(split.mesh_axis, cells))
-    yield rest
-    yield from filter(_has_cells, boundary)
+    return (rest, *filter(_has_cells, boundary))
 
 
 def _sides(part: Pieces, inside: Pieces) -> tuple[Pieces, Pieces]:

@@ -12,7 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from partitioner.geometry import Box, Pieces, covers, extent, format_pieces, parse_pieces, pieces, span, subtract, union
+from partitioner.geometry import (
+    Box,
+    Pieces,
+    covers,
+    extent,
+    format_pieces,
+    hull,
+    parse_pieces,
+    pieces,
+    span,
+    subtract,
+    union,
+)
 from partitioner.maps import AxisMap, Identity
 
 Cuts = tuple[int, ...]
@@ -83,6 +95,20 @@ class AxisLayout:
         """What every coordinate needs of an operator's input when it holds these parts of the output."""
         return self if type(axis_map) is Identity else _through(self, axis_map)
 
+    def followed(self, axis_map: AxisMap) -> AxisLayout:
+        """The shards of an operator's output that go naturally with these of its input, which have cuts."""
+        return _followed(self, axis_map)
+
+    def joined(self, other: AxisLayout) -> AxisLayout:
+        """What every coordinate holds in at least one of two layouts of the axis."""
+        return self if self is other else _joined(self, other)
+
+    @cached_property
+    def in_one_piece(self) -> AxisLayout:
+        """What every coordinate holds, and the cells between its pieces."""
+        whole = [hull(part) for part in self.parts]
+        return AxisLayout(self.mesh_axis, tuple(span(part.start, part.stop) for part in whole))
+
     def __str__(self) -> str:
         return self._text
 
@@ -106,6 +132,18 @@ def _covers(outer: AxisLayout, inner: AxisLayout) -> bool:
 @lru_cache(_KEPT)
 def _through(split: AxisLayout, axis_map: AxisMap) -> AxisLayout:
     return AxisLayout(split.mesh_axis, tuple(axis_map.needed_by(part) for part in split.parts))
+
+
+@lru_cache(_KEPT)
+def _followed(split: AxisLayout, axis_map: AxisMap) -> AxisLayout:
+    if split.cuts is None:
+        raise ValueError(f"{split} has no cuts")
+    return AxisLayout.from_cuts(split.mesh_axis, follow_cuts(split.cuts, axis_map))
+
+
+@lru_cache(_KEPT)
+def _joined(left: AxisLayout, right: AxisLayout) -> AxisLayout:
+    return AxisLayout(left.mesh_axis, tuple(union(p, q) for p, q in zip(left.parts, right.parts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from partitioner import dialect
 from partitioner.axes import named_axes
 from partitioner.errors import refuse_all
-from partitioner.layout import AxisLayout, Cuts, Layout, even_cuts, follow_cuts
+from partitioner.layout import AxisLayout, Cuts, Layout, even_cuts
 from partitioner.mesh import Mesh
 from partitioner.ops.base import Need
 from partitioner.ops.nodes import needs_of, operator_of, separable_axes
@@ -164,7 +164,7 @@ def _follow(node: ir.Node, output: int, value: ir.Value, classes: Mapping[AxisKe
         split = dialect.get_layout(source).axes[axis]
         if root in decided or split is None or split.cuts is None:
             continue
-        decided[root] = AxisLayout.from_cuts(split.mesh_axis, follow_cuts(split.cuts, need.map))
+        decided[root] = split.followed(need.map)
 
 
 def _assign(value: ir.Value, classes: Mapping[AxisKey, AxisKey], decided: Mapping[AxisKey, AxisLayout],
@@ -210,8 +210,7 @@ def assign_new(node: ir.Node) -> None:
             taken = {a.mesh_axis for a in axes if a is not None}
             if need.axis is None or split is None or split.cuts is None or split.mesh_axis in taken:
                 continue
-            axes[need.axis] = axes[need.axis] or AxisLayout.from_cuts(
-                split.mesh_axis, follow_cuts(split.cuts, need.map))
+            axes[need.axis] = axes[need.axis] or split.followed(need.map)
         dialect.set_layout(value, Layout(shape, tuple(axes)))
 
 

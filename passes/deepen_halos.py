@@ -20,7 +20,6 @@ import onnx_ir as ir
 
 from partitioner import dialect
 from partitioner.errors import refuse_all
-from partitioner.geometry import Pieces, hull, span, union
 from partitioner.layout import AxisLayout
 from partitioner.ops.nodes import needed_layout
 from partitioner.strips import can_deepen
@@ -65,7 +64,7 @@ class DeepenHalos(Pass):
         layout = dialect.get_layout(value)
         for axis, split in enumerate(layout.axes):
             if split is not None and split.mesh_axis in self.axes and can_deepen(value, axis):
-                layout = layout.with_axis(axis, AxisLayout(split.mesh_axis, _held(value, axis, split)))
+                layout = layout.with_axis(axis, _held(value, axis, split))
         if layout == dialect.get_layout(value):
             return
         wants = (needed_layout(use.node, use.idx) for use in value.uses())
@@ -73,13 +72,12 @@ class DeepenHalos(Pass):
             dialect.set_layout(value, layout)
 
 
-def _held(value: ir.Value, axis: int, split: AxisLayout) -> tuple[Pieces, ...]:
+def _held(value: ir.Value, axis: int, split: AxisLayout) -> AxisLayout:
     """Per coordinate its own cells and those that it needs, in one piece."""
-    found = list(split.parts)
+    found = split
     for use in value.uses():
         want = needed_layout(use.node, use.idx)
         wanted = None if want is None else want.axes[axis]
         if wanted is not None:
-            found = [union(held, part) for held, part in zip(found, wanted.parts, strict=True)]
-    whole = [hull(part) for part in found]
-    return tuple(span(part.start, part.stop) if part else () for part in whole)
+            found = found.joined(wanted)
+    return found.in_one_piece

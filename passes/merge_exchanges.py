@@ -19,7 +19,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from partitioner import dialect
-from partitioner.geometry import union
 from partitioner.layout import AxisLayout, Layout
 from passes.base import Check, Pass
 from passes.checks import EXCHANGES, MET, NO_CHAIN, holds
@@ -101,7 +100,7 @@ def _join(left: Layout, right: Layout) -> Layout:
         if a is None or b is None or a.mesh_axis != b.mesh_axis:
             axes.append(a)
         else:
-            axes.append(AxisLayout(a.mesh_axis, tuple(union(p, q) for p, q in zip(a.parts, b.parts, strict=True))))
+            axes.append(a.joined(b))
     return Layout(left.shape, tuple(axes))
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.geometry import Interval, extent, pieces, span
+from partitioner.geometry import Interval, Pieces, extent, pieces, span
 from partitioner.layout import AxisLayout, Cuts, Layout, even_cuts, follow_cuts, parse_layout
 from partitioner.maps import Shift, Window, identity
 from partitioner.mesh import AXIS_NAMES
@@ -76,6 +76,32 @@ def test_cuts_follow_an_operator(n: int, shards: int, data: st.DataObject) -> No
 def test_shards_stay_empty_behind_an_operator() -> None:
     assert follow_cuts((0, 0, 9, 9), Window(9, 5, 3, 2, 1, 1)) == (0, 0, 5, 5)
     assert follow_cuts((0, 4, 9), Shift(9, 6, 3)) == (0, 1, 6)
+
+
+@given(layouts(overlapping=True), layouts(overlapping=True))
+def test_layouts_of_an_axis_join(left: Layout, right: Layout) -> None:
+    for a, b in itertools.product(filter(None, left.axes), filter(None, right.axes)):
+        if len(a.parts) != len(b.parts):
+            continue
+        both = a.joined(b)
+        assert both.mesh_axis == a.mesh_axis
+        assert both.covers(a) and both.covers(b)
+        assert [_cells(part) for part in both.parts] == [_cells(p) | _cells(q)
+                                                         for p, q in zip(a.parts, b.parts, strict=True)]
+        whole = both.in_one_piece
+        assert whole.covers(both) and all(len(part) <= 1 for part in whole.parts)
+        assert [bool(part) for part in whole.parts] == [bool(part) for part in both.parts]
+
+
+def _cells(parts: Pieces) -> set[int]:
+    return {cell for i in parts for cell in range(i.start, i.stop)}
+
+
+def test_shards_follow_an_operator() -> None:
+    window = Window(9, 5, 3, 2, 1, 1)
+    assert AxisLayout.from_cuts("depth", (0, 4, 9)).followed(window) == AxisLayout.from_cuts("depth", (0, 2, 5))
+    with pytest.raises(ValueError, match="has no cuts"):
+        AxisLayout("depth", (span(0, 5), span(4, 9))).followed(window)
 
 
 @given(layouts(overlapping=True))

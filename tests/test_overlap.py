@@ -19,6 +19,7 @@ from partitioner import dialect, interior
 from partitioner.cost import plan_cost
 from partitioner.geometry import Interval, Pieces, span
 from partitioner.interior import can_overlap, find_overlaps
+from partitioner.layout import AxisLayout
 from partitioner.lifetime import find_lifetimes
 from partitioner.loader import load_model
 from partitioner.maps import AxisMap, Window
@@ -174,10 +175,10 @@ def test_messages_are_posted_before_the_interior_and_finished_after_it() -> None
 
 def test_an_interior_that_is_too_large_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lock-step copies as late as messages can come: what was read before is NaN."""
-    def everything(part: Pieces, axis_map: AxisMap, owned: Pieces) -> Pieces:
-        return part
+    def everything(parts: tuple[Pieces, ...], axis_map: AxisMap, owned: AxisLayout) -> tuple[Pieces, ...]:
+        return parts
 
-    monkeypatch.setattr(interior, "_interior", everything)
+    monkeypatch.setattr(interior, "_interiors", everything)
     assert np.isnan(run_lockstep(lay_out(chain(), "depth=2"), volume()).outputs["y"]).any()
 
 

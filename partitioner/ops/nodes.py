@@ -245,7 +245,7 @@ def _union(left: Layout, right: Layout) -> Layout:
         if a is None or b is None or a.mesh_axis != b.mesh_axis:
             axes.append(None)
         else:
-            axes.append(AxisLayout(a.mesh_axis, tuple(union(p, q) for p, q in zip(a.parts, b.parts, strict=True))))
+            axes.append(a.joined(b))
     return Layout(left.shape, tuple(axes))
 
 

@@ -19,6 +19,7 @@ from partitioner.compiler import DepthFirst
 from partitioner.cost import PlanCost, plan_cost
 from partitioner.curves import FloatArray
 from partitioner.errors import BudgetError, PartitionError
+from partitioner.garbage import kept_for_later
 from partitioner.interior import can_overlap
 from partitioner.layout import Cuts, even_cuts
 from partitioner.mesh import AXIS_NAMES, Mesh
@@ -69,6 +70,7 @@ class Search:
     looked: int = 0
     rejected: list[Rejected] = field(default_factory=list[Rejected])
 
+    @kept_for_later()
     def choose(self) -> Choice:
         """The fastest way within the memory.
 
