@@ -13,7 +13,7 @@ import torch
 from partitioner.geometry import Box, Interval, local_slices
 from runtime.census import count_once
 from runtime.overlap import BehindWriter
-from runtime.volumes import Source, Writer
+from runtime.volumes import PartFile, Source, Writer
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,15 @@ class ArrayDrain:
     def store(self, name: str, portion: Portion) -> None:
         """See `Drain`."""
         self.tensors[name][portion.slices].copy_(portion.tensor)
+
+
+def map_part(part: PartFile) -> torch.Tensor:
+    """The values of a prepared file of one array, as memory that the processes of one host share."""
+    ((_, raw),) = part.arrays
+    if 0 in raw.shape:
+        return torch.from_numpy(np.empty(raw.shape, raw.dtype))
+    mapped = np.memmap(part.temporary, raw.dtype, "r+", raw.offset, raw.shape or (1,))
+    return torch.from_numpy(mapped).reshape(raw.shape)
 
 
 class Tally:

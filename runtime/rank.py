@@ -18,7 +18,7 @@ from partitioner.geometry import Box
 from partitioner.lifetime import find_lifetimes
 from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
-from runtime.feeds import FileDrain, host_type
+from runtime.feeds import ArrayDrain, FileDrain, host_type, map_part
 from runtime.group import Place, SharedFeed, agree, broadcast, gather
 from runtime.memory import storage_on
 from runtime.monitor import PeakMemory
@@ -49,7 +49,7 @@ class RunFiles:
         inputs: per input of the model.
         streamed: inputs whose file can only be read from its start to its end.
         outputs: per output, the prepared part file (as JSON) and the array's name in it.
-        folder: a folder for this run only, if there is one.
+        folder: a folder of this host for this run only, where its arrays lie, if there is one.
         saving: how the run is saved and where it goes on, if it is.
     """
 
@@ -63,6 +63,11 @@ class RunFiles:
     def first(self) -> int:
         """The step to begin with."""
         return 0 if self.saving is None else self.saving.step
+
+    @property
+    def mapped(self) -> dict[str, torch.Tensor]:
+        """The outputs as memory: processes of one host write there what would be many ranges of bytes of a file."""
+        return {name: map_part(PartFile.from_json(part)) for name, (part, _) in self.outputs.items()}
 
     def remove(self) -> None:
         """Remove what a failed run leaves behind, unless it can be gone on with; harmless when it is gone."""
@@ -136,11 +141,12 @@ class RankRunner:
             before = dict(self._transport.traffic.sent), dict(self._transport.traffic.messages)
             start = time.perf_counter()
             with PeakMemory(self.device, self._executor.kept) as memory:
-                feed, drain = SharedFeed(sources, boxes, self._counted), FileDrain(writers)
+                feed = SharedFeed(sources, boxes, self._counted)
                 if files.saving is None:
+                    drain = FileDrain(writers) if files.folder is None else ArrayDrain(files.mapped)
                     self._executor.run(feed, drain, progress, watch=memory.sample)
                 else:
-                    self._run_saved(files.saving, feed, drain, progress, memory)
+                    self._run_saved(files.saving, feed, FileDrain(writers), progress, memory)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - start
@@ -177,7 +183,7 @@ class RankRunner:
             for name, ref in files.inputs.items():
                 mine = name not in files.streamed or self.place.rank == 0
                 sources[name] = stack.enter_context(self._source(name, ref)) if mine else None
-            for name, (part, member) in files.outputs.items():
+            for name, (part, member) in files.outputs.items() if files.folder is None else ():
                 writers[name] = (stack.enter_context(open_part(PartFile.from_json(part))), member)
         except PartitionError as error:
             if files.folder is not None:

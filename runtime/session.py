@@ -24,7 +24,18 @@ from partitioner.ops.plugins import reaches_other_processes
 from partitioner.profile import Link
 from runtime.claim import claimed
 from runtime.executor import Executor, Progress, make_shards
-from runtime.feeds import ArrayDrain, ArrayFeed, Drain, Feed, FileDrain, FileFeed, as_tensor, host_type, to_numpy
+from runtime.feeds import (
+    ArrayDrain,
+    ArrayFeed,
+    Drain,
+    Feed,
+    FileDrain,
+    FileFeed,
+    as_tensor,
+    host_type,
+    map_part,
+    to_numpy,
+)
 from runtime.group import check_backend, check_device
 from runtime.launcher import RankPool
 from runtime.memory import storage_on
@@ -313,13 +324,8 @@ def _put(path: Path, array: Any) -> Path:
 
 def _take(part: PartFile, value: ir.Value, out: Any = None) -> torch.Tensor:
     """A result that the ranks have written, in memory that is given, or in that of the file: the file's name goes."""
-    ((_, raw),) = part.arrays
     assert value.dtype is not None
-    dtype = torch_dtype(value.dtype)
-    if 0 in raw.shape:
-        return torch.empty(raw.shape, dtype=dtype) if out is None else as_tensor(out)
-    mapped = torch.from_numpy(np.memmap(part.temporary, raw.dtype, "r+", raw.offset, raw.shape or (1,)))
-    found = mapped.reshape(raw.shape)
+    dtype, found = torch_dtype(value.dtype), map_part(part)
     if out is not None:
         return as_tensor(out).copy_(found)
     return found.to(dtype) if str(part.temporary).startswith(_SHARED) else found.to(dtype, copy=True)
