@@ -147,6 +147,7 @@ def _planner(options: argparse.Namespace) -> int:
     chosen = Options(
         ranks=tuple(_at_least(1, "--ranks", ranks) for ranks in options.ranks),
         rounds=_at_least(1, "--rounds", options.rounds),
+        processes=_at_least(1, "--processes", options.processes),
         shrink=_at_least(1, "--shrink", options.shrink),
         profile=options.profile,
         text=options.filter,
@@ -232,7 +233,8 @@ def _add_planner(commands: Any) -> None:
     told = commands.add_parser("planner", help="the planner's mesh against every other one, measured on gloo ranks")
     told.add_argument("--filter", default="", metavar="TEXT", help="only networks with this in their name")
     told.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="numbers of ranks")
-    told.add_argument("--rounds", type=int, default=7, help="runs of every mesh, after one to warm up")
+    told.add_argument("--rounds", type=int, default=5, help="runs of every mesh, after one to warm up")
+    told.add_argument("--processes", type=int, default=3, help="groups of fresh processes that run so many rounds each")
     told.add_argument("--shrink", type=int, default=1, metavar="N", help="axes are so many times shorter")
     told.add_argument("--profile", type=Path, metavar="FILE", help="for the planner (default: this machine's)")
     told.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")

@@ -1,6 +1,7 @@
 """The planner's mesh against all others: every mesh of 2 and 4 gloo ranks is run, in turn, over several networks.
 
-Ranks have one thread each.  Every round runs every mesh once, in another order; meshes are compared round by round.
+Ranks have one thread each.  Every round runs every mesh once, in another order; meshes are compared round by round,
+over several groups of fresh processes: where a process lies in memory makes it a tenth faster or slower for good.
 """
 
 from __future__ import annotations
@@ -43,10 +44,19 @@ CASES: dict[str, tuple[UNetConfig | ResNetConfig, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Numbers of ranks, rounds after one to warm up, by how many times shorter the axes are, profile of the planner."""
+    """What is measured.
+
+    Args:
+        ranks: numbers of ranks.
+        rounds: of every group of processes, after one to warm up.
+        processes: how many groups of fresh processes.
+        shrink: by how many times axes are shorter.
+        profile: of the planner.
+    """
 
     ranks: tuple[int, ...]
     rounds: int
+    processes: int
     shrink: int
     profile: Path | None
     text: str
@@ -148,7 +158,7 @@ def _contest(name: str, ranks: int, folder: Path, options: Options) -> Contest:
     except pt.PartitionError as error:
         raise UsageError(str(error)) from None
     assert planned.choice is not None
-    runs = _measured(plans, shape, profile, options.rounds)
+    runs = _measured(plans, shape, profile, options)
     return Contest(name, ranks, _text(own), planned.choice.chosen.note, tuple(runs))
 
 
@@ -160,25 +170,27 @@ def _text(mesh: pt.Mesh) -> str:
     return ",".join(f"{name}={count}" for name, count in _counts(mesh).items()) or "single"
 
 
-def _measured(plans: dict[pt.Mesh, pt.Plan], shape: Sequence[int], profile: pt.Profile, rounds: int) -> list[Runs]:
+def _measured(plans: dict[pt.Mesh, pt.Plan], shape: Sequence[int], profile: pt.Profile,
+              options: Options) -> list[Runs]:
     volume = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     seconds: dict[pt.Mesh, list[float]] = {mesh: [] for mesh in plans}
     cpu: dict[pt.Mesh, list[float]] = {mesh: [] for mesh in plans}
     draw = random.Random(0)
-    with ExitStack() as stack:
-        sessions = {mesh: stack.enter_context(plan.session("gloo", threads=1)) for mesh, plan in plans.items()}
-        for turn in range(rounds + 1):
-            for mesh in draw.sample(list(sessions), len(sessions)):
-                before = _cpu_seconds()
-                try:
-                    sessions[mesh].run({INPUT_NAME: volume})
-                except pt.ExecutionError as error:
-                    raise SideError(str(error)) from None
-                report = sessions[mesh].last_run
-                assert report is not None
-                if turn:
-                    seconds[mesh].append(max(rank.seconds for rank in report.ranks))
-                    cpu[mesh].append(_cpu_seconds() - before)
+    for _ in range(options.processes):
+        with ExitStack() as stack:
+            sessions = {mesh: stack.enter_context(plan.session("gloo", threads=1)) for mesh, plan in plans.items()}
+            for turn in range(options.rounds + 1):
+                for mesh in draw.sample(list(sessions), len(sessions)):
+                    before = _cpu_seconds()
+                    try:
+                        sessions[mesh].run({INPUT_NAME: volume})
+                    except pt.ExecutionError as error:
+                        raise SideError(str(error)) from None
+                    report = sessions[mesh].last_run
+                    assert report is not None
+                    if turn:
+                        seconds[mesh].append(max(rank.seconds for rank in report.ranks))
+                        cpu[mesh].append(_cpu_seconds() - before)
     return [Runs(_text(mesh), plan.time(profile, "gloo", 1).seconds, tuple(seconds[mesh]), tuple(cpu[mesh]))
             for mesh, plan in plans.items()]
 

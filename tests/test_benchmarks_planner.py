@@ -32,7 +32,7 @@ def test_rounds_are_compared_with_one_another() -> None:
 
 
 def test_a_contest_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--filter", "image", "--shrink", "20", "--ranks", "2", "--rounds", "2"]
+    words = ["--filter", "image", "--shrink", "20", "--ranks", "2", "--rounds", "2", "--processes", "1"]
     assert main(["planner", *words, "--output", str(tmp_path / "f.json")]) in (0, 1)
     assert "image" in capsys.readouterr().out
     (found,) = json.loads((tmp_path / "f.json").read_text())
@@ -42,6 +42,7 @@ def test_a_contest_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--filter", "nothing like it"], "leaves no case"), (["--rounds", "0"], "--rounds 0"),
+    (["--processes", "0"], "--processes 0"),
     (["--ranks", "0"], "--ranks 0"), (["--shrink", "0"], "--shrink 0"),
     (["--profile", "nowhere.json", "--filter", "image", "--shrink", "20"], "nowhere.json: cannot be read"),
 ])
