@@ -38,7 +38,8 @@ STEP = 3 << 10
 """Bytes of a step of a program, with what the executor finds out once of it, about."""
 
 IDLE = 0.125
-"""By which part of the peak a region may raise what is held; else tensors take memory one by one."""
+"""By which part of the peak, or by a tile of a file where that is more, a region may raise what is held; else tensors
+take memory one by one."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _Highest:
         """The peak, with the region whole if that takes little more."""
         extent = self.region.extent
         held = self.peak if extent is None else extent + self.small
-        return held if self.peak < held <= (1.0 + IDLE) * self.peak else self.peak
+        return held if self.peak < held <= self.peak + max(IDLE * self.peak, TILE_BYTES) else self.peak
 
     def turn(self) -> None:
         """The end of a turn."""
