@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import partitioner as pt
+from benchmarks.cpu_clock import cpu_seconds_below
 from benchmarks.errors import SideError, UsageError
 from benchmarks.memory import ALLOCATOR
 from benchmarks.models import INPUT_NAME, ResNetConfig, UNetConfig, export
@@ -262,10 +262,7 @@ def _plan(case: Forecast, model: str) -> pt.Plan:
 
 def _cpu_seconds(case: Forecast) -> float:
     """CPU time of the processes that compute so far."""
-    if case.backend == "lockstep":
-        return time.process_time()
-    ranks = psutil.Process().children(recursive=True)
-    return sum(sum(p.cpu_times()[:2]) for p in ranks)
+    return time.process_time() if case.backend == "lockstep" else cpu_seconds_below()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import partitioner as pt
+from benchmarks.cpu_clock import cpu_seconds_below
 from benchmarks.errors import SideError, UsageError
 from benchmarks.models import INPUT_NAME, ResNetConfig, UNetConfig, export
 
@@ -181,7 +181,7 @@ def _measured(plans: dict[pt.Mesh, pt.Plan], shape: Sequence[int], profile: pt.P
             sessions = {mesh: stack.enter_context(plan.session("gloo", threads=1)) for mesh, plan in plans.items()}
             for turn in range(options.rounds + 1):
                 for mesh in draw.sample(list(sessions), len(sessions)):
-                    before = _cpu_seconds()
+                    before = cpu_seconds_below()
                     try:
                         sessions[mesh].run({INPUT_NAME: volume})
                     except pt.ExecutionError as error:
@@ -190,14 +190,9 @@ def _measured(plans: dict[pt.Mesh, pt.Plan], shape: Sequence[int], profile: pt.P
                     assert report is not None
                     if turn:
                         seconds[mesh].append(max(rank.seconds for rank in report.ranks))
-                        cpu[mesh].append(_cpu_seconds() - before)
+                        cpu[mesh].append(cpu_seconds_below() - before)
     return [Runs(_text(mesh), plan.time(profile, "gloo", 1).seconds, tuple(seconds[mesh]), tuple(cpu[mesh]))
             for mesh, plan in plans.items()]
-
-
-def _cpu_seconds() -> float:
-    """CPU time of all ranks so far; only those that run add to it."""
-    return sum(sum(process.cpu_times()[:2]) for process in psutil.Process().children(recursive=True))
 
 
 def table(contests: Sequence[Contest]) -> Table:
