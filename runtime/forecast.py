@@ -38,8 +38,8 @@ STEP = 3 << 10
 """Bytes of a step of a program, with what the executor finds out once of it, about."""
 
 IDLE = 0.125
-"""By which part of the peak, or by a tile of a file where that is more, a region may raise what is held; else tensors
-take memory one by one."""
+"""By which part of the peak a region may raise what is held; else tensors take memory one by one.  Whole shards may
+raise it by the copy of a tile on its way to a file too, which is much only where all is small; slabs serve budgets."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def forecast(programs: Sequence[Program], files: frozenset[str] = frozenset()) -
     """
     region = _Region()
     books = [_Books(program, files, region) for program in programs]
-    highest = _Highest(region)
+    highest = _Highest(region, 0 if programs[0].is_rolled else TILE_BYTES)
     for number, places in in_turns(programs):
         for place in places:
             action = programs[place].steps[number].action
@@ -149,10 +149,10 @@ def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
 
 
 class _Highest:
-    """The most that is alive at once, over all ranks."""
+    """The most that is alive at once, over all ranks; `idle` are bytes that a region may always hold besides."""
 
-    def __init__(self, region: _Region) -> None:
-        self.region = region
+    def __init__(self, region: _Region, idle: int) -> None:
+        self.region, self.idle = region, idle
         self.total = self.rests = self.peak = self.most = self.small = 0
         self.within = 0
         self.turns: list[int] = []
@@ -175,7 +175,7 @@ class _Highest:
         """The peak, with the region whole if that takes little more."""
         extent = self.region.extent
         held = self.peak if extent is None else extent + self.small
-        return held if self.peak < held <= self.peak + max(IDLE * self.peak, TILE_BYTES) else self.peak
+        return held if self.peak < held <= self.peak + max(IDLE * self.peak, self.idle) else self.peak
 
     def turn(self) -> None:
         """The end of a turn."""
